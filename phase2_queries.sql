@@ -1,0 +1,120 @@
+-- Every pro customer who looked at the pricing or settings page in the last 7 days, with the latest such view.
+-- Three ways to ask, which give the same rows on any data. main.py runs query_2 and takes its text from here.
+--
+--     mysql -u root -p -t < phase2_queries.sql
+--
+-- For MySQL 8.0 and later and MariaDB 10.2 and later. An account with SELECT alone is enough.
+
+USE iterable_challenge;
+SET time_zone = '+00:00';  -- event_time is UTC, so "today" must be as well
+
+-- name: query_1
+-- A window function in a derived table: the views of each customer are numbered from the latest to the oldest,
+-- and number 1 is kept. A WHERE cannot ask for the number that its own SELECT makes, hence the outer one.
+SELECT
+    ranked.user_id,
+    ranked.first_name,
+    ranked.email,
+    ranked.plan_type,
+    ranked.view_id,
+    ranked.page,
+    ranked.browser,
+    ranked.location,
+    ranked.event_time
+FROM (
+    SELECT
+        customers.id AS user_id,
+        customers.first_name,
+        customers.email,
+        customers.plan_type,
+        page_views.id AS view_id,
+        page_views.page,
+        page_views.browser,
+        page_views.location,
+        page_views.event_time,
+        ROW_NUMBER() OVER (
+            PARTITION BY customers.id
+            ORDER BY page_views.event_time DESC, page_views.id DESC
+        ) AS recency
+    FROM page_views
+    INNER JOIN customers ON customers.id = page_views.user_id
+    WHERE customers.plan_type = 'pro'
+        AND page_views.page IN ('pricing', 'settings')
+        AND page_views.event_time >= DATE_SUB(CURDATE(), INTERVAL 7 DAY)
+) AS ranked
+WHERE ranked.recency = 1
+ORDER BY ranked.user_id;
+
+-- name: query_2
+-- The same numbering in a common table expression, so that it reads from top to bottom: first the recent views,
+-- from an index alone, then their customers. This is the one that main.py runs.
+WITH recent_views AS (
+    SELECT
+        id AS view_id,
+        user_id,
+        page,
+        browser,
+        location,
+        event_time,
+        ROW_NUMBER() OVER (
+            PARTITION BY user_id
+            ORDER BY event_time DESC, id DESC -- the higher id where two views are at the same second
+        ) AS recency
+    FROM page_views
+    WHERE page IN ('pricing', 'settings')
+        AND event_time >= DATE_SUB(CURDATE(), INTERVAL 7 DAY)
+)
+
+SELECT
+    customers.id AS user_id,
+    customers.first_name,
+    customers.email,
+    customers.plan_type,
+    recent_views.view_id,
+    recent_views.page,
+    recent_views.browser,
+    recent_views.location,
+    recent_views.event_time
+FROM recent_views
+-- An INNER JOIN in this order. Left the choice, MariaDB may go through the customers and look up the views of
+-- each, which takes many times as long.
+STRAIGHT_JOIN customers ON customers.id = recent_views.user_id
+WHERE recent_views.recency = 1
+    AND customers.plan_type = 'pro'
+ORDER BY user_id;
+
+-- name: query_3
+-- Aggregate and join back, as it was done before window functions: the latest time of each customer, the highest
+-- id at that time, the view with that id. The filter on the page stands twice, because a view of another page may
+-- be at the same second.
+SELECT
+    customers.id AS user_id,
+    customers.first_name,
+    customers.email,
+    customers.plan_type,
+    page_views.id AS view_id,
+    page_views.page,
+    page_views.browser,
+    page_views.location,
+    page_views.event_time
+FROM (
+    SELECT MAX(at_latest_time.id) AS id
+    FROM (
+        SELECT
+            user_id,
+            MAX(event_time) AS event_time
+        FROM page_views
+        WHERE page IN ('pricing', 'settings')
+            AND event_time >= DATE_SUB(CURDATE(), INTERVAL 7 DAY)
+        GROUP BY user_id
+    ) AS latest_time
+    INNER JOIN page_views AS at_latest_time
+        ON at_latest_time.user_id = latest_time.user_id
+        AND at_latest_time.event_time = latest_time.event_time
+    WHERE at_latest_time.page IN ('pricing', 'settings')
+    GROUP BY at_latest_time.user_id
+) AS latest_view
+INNER JOIN page_views ON page_views.id = latest_view.id
+INNER JOIN customers ON customers.id = page_views.user_id
+WHERE customers.plan_type = 'pro'
+ORDER BY user_id;
