@@ -1,0 +1,137 @@
+"""The database: one read-only connection, one query, and every failure in words that say what to do."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import mysql.connector
+
+CONNECT_TIMEOUT = 10  # seconds
+QUERY_TIMEOUT = 600  # seconds without a byte from the server
+WAITS = (1.0, 2.0, 4.0)  # seconds between the tries to connect: most servers that restart are back by then
+
+_OLDEST = {"MySQL": (8, 0), "MariaDB": (10, 2)}  # the first with window functions and CTEs
+_TRY_AGAIN = {1040, 1053, 2002, 2003, 2013, 2055}
+_CLOSED = "The database closed the connection: check that the server runs, then run again"
+_CURES = {  # by the number that server or client give the error
+    1040: "The database has no connection left: try again later, or raise max_connections",
+    1044: "DB_USER may not use this database: GRANT SELECT on it to the user",
+    1045: "The database refused the login: check DB_USER and DB_PASSWORD",
+    1049: "There is no such database: check DB_NAME, or load database_setup.sql",
+    1054: "A column is missing: compare the tables with database_setup.sql",
+    1129: "The database blocks this host after too many errors: its administrator runs FLUSH HOSTS",
+    1130: "The database does not let this host in: check the host part of the user's account",
+    1142: "DB_USER may not read a table: GRANT SELECT on it to the user",
+    1143: "DB_USER may not read a column: GRANT SELECT on it to the user",
+    1146: "A table is missing: check DB_NAME, or load database_setup.sql",
+    1698: "The database refused the login: check DB_USER and DB_PASSWORD",
+    2002: "No database answers on this socket: check DB_HOST, and that the server runs",
+    2003: "No database answers there: check DB_HOST and DB_PORT, and that the server runs",
+    2006: _CLOSED,
+    2013: _CLOSED,
+    2026: "The encrypted connection to the database failed: check DB_SSL_CA and the server's certificate",
+    2055: _CLOSED,
+    3024: f"The database was silent for {QUERY_TIMEOUT} s: look for locks, and for a missing index",
+}
+
+log = logging.getLogger(__name__)
+
+
+class DatabaseError(Exception):
+    """The rows could not be read. The text says in one line what happened and what to do."""
+
+
+def read_query(path: Path, name: str) -> str:
+    """The SQL statement that follows the line `-- name: <name>` in a file. Raises DatabaseError without one."""
+    try:
+        found = re.search(rf"^-- name: {name}$(.*?);$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatabaseError(f"{path} cannot be read: {error}") from error
+    if not found:
+        raise DatabaseError(f"{path} has no query under '-- name: {name}': restore the file")
+    return found[1].strip()
+
+
+class DatabaseConnection:
+    """A `with` block around one read-only connection, in UTC. An account with SELECT alone is enough.
+
+    `host` is a name, or the path of a Unix socket when it begins with `/`. With `ssl_ca` the server's certificate and
+    name are verified. `stop` cuts the waits between the tries to connect. Entering it and `execute_query` raise
+    DatabaseError.
+    """
+
+    server = ""
+    """Kind and version, such as `MariaDB 10.11.6`, once connected."""
+
+    def __init__(
+        self, *, host: str, port: int, user: str, password: str, database: str, ssl_ca: str, stop: threading.Event
+    ) -> None:
+        self._stop = stop
+        self._config: dict[str, Any] = {
+            "user": user,
+            "password": password,
+            "database": database,
+            "connection_timeout": CONNECT_TIMEOUT,
+            "read_timeout": QUERY_TIMEOUT,
+            "charset": "utf8mb4",
+            "collation": "utf8mb4_unicode_ci",  # the connector's own, utf8mb4_0900_ai_ci, is unknown to MariaDB
+            "time_zone": "+00:00",
+            "autocommit": True,
+            "use_pure": True,  # the same behaviour and errors on machines with and without the C library
+        }
+        self._config |= {"unix_socket": host} if host.startswith("/") else {"host": host, "port": port}
+        if ssl_ca:
+            self._config |= {"ssl_ca": ssl_ca, "ssl_verify_cert": True, "ssl_verify_identity": True}
+
+    def __enter__(self) -> DatabaseConnection:
+        self._connection = self._connect()
+        try:
+            self.server = self._check_version()
+            self.execute_query("SET SESSION TRANSACTION READ ONLY")
+        except DatabaseError:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._connection.close()
+        except (mysql.connector.Error, OSError) as error:  # it says goodbye to a server that may be gone
+            log.debug("Closing the database connection: %s", error)
+
+    def execute_query(self, sql: str) -> list[dict[str, Any]]:
+        """Run one statement; a dict of column to value for each row."""
+        try:
+            with self._connection.cursor(dictionary=True) as cursor:
+                cursor.execute(sql)
+                return cursor.fetchall() if cursor.description else []
+        except (mysql.connector.Error, OSError) as error:
+            raise _in_words(error) from error
+
+    def _connect(self) -> Any:
+        for wait in (*WAITS, None):
+            try:
+                return mysql.connector.connect(**self._config)
+            except (mysql.connector.Error, OSError) as error:
+                if wait is None or getattr(error, "errno", None) not in _TRY_AGAIN:
+                    raise _in_words(error) from error
+                log.info("The database does not answer yet, next try in %g s (%s)", wait, error)
+                if self._stop.wait(wait):
+                    raise _in_words(error) from error
+        return None
+
+    def _check_version(self) -> str:
+        version = str(self.execute_query("SELECT VERSION() AS version")[0]["version"])
+        kind = "MariaDB" if "mariadb" in version.lower() else "MySQL"
+        numbers = re.findall(r"\d+", version)[:3]
+        if tuple(map(int, numbers[:2])) < _OLDEST[kind]:
+            raise DatabaseError(f"{kind} {version} is too old: the query needs MySQL 8.0 or MariaDB 10.2, or later")
+        return f"{kind} {'.'.join(numbers)}"
+
+
+def _in_words(error: Exception) -> DatabaseError:
+    return DatabaseError(f"{_CURES.get(getattr(error, 'errno', 0), 'The database reported an error')} ({error})")
