@@ -1,0 +1,293 @@
+"""A private MySQL or MariaDB server for tests: a real one, on a temporary folder, gone with the process that started it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import mysql.connector
+
+ROOT = Path(__file__).resolve().parent.parent
+MYSQL9 = ROOT / ".venv" / "mysql9"  # where mysql9.sh unpacks
+SETUP = ROOT / "database_setup.sql"
+QUERIES = ROOT / "phase2_queries.sql"
+DATABASE = "iterable_challenge"
+START_TIMEOUT = 120.0  # seconds: a start takes under one, but not on every machine
+
+_VARIABLES = {"mariadb": "TEST_MARIADBD", "mysql": "TEST_MYSQLD"}
+_FOLDERS = (*os.get_exec_path(), "/usr/sbin", "/usr/libexec", "/usr/local/mysql/bin", str(MYSQL9 / "bin"))
+_SMALL_AND_FAST = (
+    "--bind-address=127.0.0.1",
+    "--skip-name-resolve",
+    "--skip-log-bin",
+    "--performance-schema=OFF",
+    "--innodb-buffer-pool-size=32M",
+    "--innodb-flush-log-at-trx-commit=0",
+    "--innodb-doublewrite=0",
+)
+_OF_KIND = {
+    "mariadb": ["--innodb-log-file-size=8M"],
+    "mysql": ["--innodb-redo-log-capacity=8M", "--mysqlx=OFF", "--secure-file-priv=NULL"],
+}
+
+
+@dataclass(frozen=True)
+class ServerProgram:
+    """An installed server: `kind` is `mariadb` or `mysql`, `version` such as `10.11.6`, `client` its command-line client."""
+
+    kind: str
+    version: str
+    path: Path
+    client: Path
+
+
+def find_servers() -> dict[str, ServerProgram]:
+    """The servers that this machine has, at most one of each kind, by kind.
+
+    TEST_MARIADBD and TEST_MYSQLD name one; otherwise PATH, the usual folders and what mysql9.sh unpacked are searched.
+    Raises LookupError when a variable names something else.
+    """
+    servers = {}
+    for kind, variable in _VARIABLES.items():
+        if path := os.environ.get(variable):
+            program = _identify(Path(path))
+            if program is None or program.kind != kind:
+                raise LookupError(f"{variable} names no {kind} server that runs and has its client beside it: {path}")
+            servers[kind] = program
+    for path in (Path(folder, name) for folder in _FOLDERS for name in ("mariadbd", "mysqld")):
+        if len(servers) < len(_VARIABLES) and (program := _identify(path)):
+            servers.setdefault(program.kind, program)
+    return servers
+
+
+def _identify(path: Path) -> ServerProgram | None:
+    kind, version = _kind_and_version(path)
+    folders = (path.parent, path.parent.parent / "bin", *map(Path, os.get_exec_path()))
+    clients = (folder / name for folder in folders for name in ("mariadb", "mysql"))
+    client = next((client for client in clients if kind and _kind_and_version(client)[0] == kind), None)
+    return ServerProgram(kind, version, path, client) if client else None
+
+
+@functools.cache
+def _kind_and_version(path: Path) -> tuple[str, str]:
+    # By what it says: Debian's mysqld and mysql are links to MariaDB's programs.
+    if not os.access(path, os.X_OK) or path.is_dir():
+        return "", ""
+    done = subprocess.run([path, "--no-defaults", "--version"], check=False, capture_output=True, text=True, timeout=60)
+    said = re.search(r"(?:Ver|from) .*?(\d+\.\d+\.\d+)(-MariaDB)?", done.stdout)
+    return ("mariadb" if said[2] else "mysql", said[1]) if said else ("", "")
+
+
+class DatabaseServer:
+    """A `with` block around a private server on a fresh data folder; further options go to it as they are.
+
+    It listens on a free port of 127.0.0.1 and on a socket in its own folder. `root` has no password and gets in by the
+    socket only, which no other account of the machine can reach. The server dies with the thread that started it:
+    start it from one that lives as long as it shall.
+
+    Raises RuntimeError, with the end of the server's log, when it does not start.
+    """
+
+    def __init__(self, program: ServerProgram, *options: str) -> None:
+        self.kind, self.version = program.kind, program.version
+        self._program, self._options = program, options
+        self._folder = _temporary_folder()
+        self._data = Path(self._folder.name) / "data"
+        self.socket = str(Path(self._folder.name) / "socket")
+        self.port = 0
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> DatabaseServer:
+        try:
+            shutil.copytree(_template(self._program).name, self._data)
+            self.start()
+        except BaseException:
+            self._folder.cleanup()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+        self._folder.cleanup()
+
+    def start(self) -> None:
+        """Start, on the first call's port and data, and return when the server takes connections."""
+        self.port = self.port or _free_port()
+        command = [
+            *_dying_with_its_parent(),
+            *_command(self._program, self._data),
+            f"--socket={self.socket}",
+            f"--port={self.port}",
+            f"--pid-file={self.socket}.pid",
+            *self._options,
+        ]
+        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace")
+        log = _Log(self._process)
+        if not log.ready.wait(START_TIMEOUT) or self._process.poll() is not None:
+            self.kill()
+            raise RuntimeError(f"{self._program.path} does not start:\n{log}")
+
+    def stop(self) -> None:
+        """Shut down in good order; the data stays, for `start`."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End at once, as in a power cut; the data stays, for `start`."""
+        self._end(signal.SIGKILL)
+
+    def _end(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.send_signal(number)
+            self._process.wait(START_TIMEOUT)
+            self._process = None
+
+    def settings(self, user: str, password: str, database: str = DATABASE) -> dict[str, str]:
+        """The program's DB_ variables for a connection by TCP."""
+        return {
+            "DB_HOST": "127.0.0.1",
+            "DB_PORT": str(self.port),
+            "DB_USER": user,
+            "DB_PASSWORD": password,
+            "DB_NAME": database,
+        }
+
+    def create_reader(
+        self, user: str = "reader", password: str = "reader's secret", database: str = DATABASE, right: str = "SELECT"
+    ) -> dict[str, str]:
+        """Make (again) an account that has only one right, on one database, and return its settings."""
+        account = f"'{user}'@'127.0.0.1'"
+        with self.connect() as connection, connection.cursor() as cursor:
+            cursor.execute(f"DROP USER IF EXISTS {account}")
+            cursor.execute(f"CREATE USER {account} IDENTIFIED BY %s", (password,))
+            cursor.execute(f"GRANT {right} ON `{database}`.* TO {account}")
+        return self.settings(user, password, database)
+
+    def connect(self, database: str = "", **options: Any) -> Any:
+        """A connection as root, in UTC, each statement committed on its own."""
+        defaults: dict[str, Any] = {
+            "user": "root",
+            "unix_socket": self.socket,
+            "database": database,
+            "charset": "utf8mb4",
+            "collation": "utf8mb4_unicode_ci",
+            "time_zone": "+00:00",
+            "autocommit": True,
+        }
+        return mysql.connector.connect(**(defaults | options))
+
+    def query(self, sql: str, database: str = DATABASE) -> list[tuple[Any, ...]]:
+        """Run one statement as root; its rows, if it has any."""
+        with self.connect(database) as connection, connection.cursor() as cursor:
+            cursor.execute(sql)
+            return cursor.fetchall() if cursor.with_rows else []
+
+    def load(self, script: Path | str, *arguments: str, settings: Mapping[str, str] | None = None) -> str:
+        """Run a file, or a text, through the command-line client as one would by hand; what it prints, tab-separated.
+
+        As root, or as the account of `settings`. Raises RuntimeError with the client's own words.
+        """
+        account = ["--user=root", f"--socket={self.socket}"]
+        if settings:
+            account = ["--protocol=TCP", *(f"--{name}={settings[f'DB_{name.upper()}']}" for name in ("host", "port", "user"))]
+        done = subprocess.run(
+            [self._program.client, "--no-defaults", *account, *arguments],
+            input=script.read_bytes() if isinstance(script, Path) else script.encode(),
+            capture_output=True,
+            env={**os.environ, "MYSQL_PWD": settings["DB_PASSWORD"] if settings else ""},
+            timeout=START_TIMEOUT,
+        )
+        if done.returncode:
+            raise RuntimeError(done.stderr.decode(errors="replace").strip())
+        return done.stdout.decode()
+
+
+class _Log:
+    """The end of a server's log. `ready` is set when the server takes connections, and when it has ended."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.ready = threading.Event()
+        self._lines: deque[str] = deque(maxlen=30)
+        threading.Thread(target=self._read, args=(process,), daemon=True).start()
+
+    def _read(self, process: subprocess.Popen[str]) -> None:
+        assert process.stderr is not None
+        with process.stderr:
+            for line in process.stderr:
+                self._lines.append(line)
+                if "ready for connections" in line:
+                    self.ready.set()
+        process.wait()
+        self.ready.set()
+
+    def __str__(self) -> str:
+        return "".join(self._lines)
+
+
+def _command(program: ServerProgram, data: Path) -> list[str]:
+    # Neither server runs as root without being told so.
+    as_root = ["--user=root"] if os.geteuid() == 0 else []
+    return [str(program.path), "--no-defaults", *as_root, f"--datadir={data}", *_SMALL_AND_FAST, *_OF_KIND[program.kind]]
+
+
+@functools.cache
+def _template(program: ServerProgram) -> tempfile.TemporaryDirectory[str]:
+    """A fresh data folder, made once in a process, because that takes MySQL seconds, and copied for each server."""
+    folder = _temporary_folder()
+    command = _command(program, Path(folder.name))
+    if program.kind == "mysql":
+        command.append("--initialize-insecure")
+    else:
+        command[0] = _mariadb_install_db(program.path)
+        command += ["--auth-root-authentication-method=normal", "--skip-test-db"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=300)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed:\n{done.stdout[-2000:]}")
+    return folder
+
+
+def _mariadb_install_db(server: Path) -> str:
+    folders = (server.parent, server.parent.parent / "bin", server.parent.parent / "scripts")
+    path = os.pathsep.join([*map(str, folders), os.environ.get("PATH", os.defpath)])
+    found = shutil.which("mariadb-install-db", path=path) or shutil.which("mysql_install_db", path=path)
+    if not found:
+        raise LookupError(f"{server} has no mariadb-install-db")
+    return found
+
+
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    # The path of a socket may have 107 bytes.
+    parent = "/tmp" if len(os.fsencode(tempfile.gettempdir())) > 80 else None
+    return tempfile.TemporaryDirectory(prefix="database-", dir=parent)
+
+
+def _dying_with_its_parent() -> list[str]:
+    return ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
+
+
+def _free_port() -> int:
+    # Below the ports that the system gives to outgoing connections, which could take this one while a server is down.
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as attempt:
+            attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                attempt.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port

@@ -1,0 +1,115 @@
+"""Runs the unchanged main.py as a process, as cron would: its settings, and nothing else, in the environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+KEY = "0123456789abcdef0123456789abcdef"
+BARE = {"HOME": "/tmp", "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+@dataclass
+class Ended:
+    """How a run ended: exit code as a shell sees it, console text, and what it left in its folder."""
+
+    exit_code: int
+    console: str
+    errors: str
+    folder: Path
+
+    @property
+    def log(self) -> str:
+        """The log, rotated parts included, the oldest first."""
+        parts = sorted(self.folder.glob("run.log*"), key=lambda path: path.name, reverse=True)
+        return "".join(path.read_text(encoding="utf-8") for path in parts)
+
+    @property
+    def documents(self) -> list[dict[str, Any]]:
+        """Every whole results document in the folder, the oldest first."""
+        return [json.loads(path.read_text("utf-8")) for path in sorted(self.folder.glob("integration_results_*.json"))]
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """The last results document."""
+        return self.documents[-1]
+
+    @property
+    def everything(self) -> str:
+        """All that the program has written anywhere, for a search for secrets."""
+        files = [path.read_text("utf-8", "replace") for path in sorted(self.folder.rglob("*")) if path.is_file()]
+        return "\n".join([self.console, self.errors, *files])
+
+
+class Running:
+    """A run under way in `folder`, with its console in files. A `with` block ends it for good."""
+
+    def __init__(self, *arguments: str, settings: Mapping[str, str], folder: Path, cwd: Path | None = None) -> None:
+        self.folder = folder
+        self._streams = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+        coverage = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
+        (folder / "empty.env").touch()
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "main.py"), "--env-file", str(folder / "empty.env"), *arguments],
+            env={**BARE, **coverage, **settings},
+            cwd=cwd or "/",
+            stdin=subprocess.DEVNULL,
+            stdout=self._streams[0],
+            stderr=self._streams[1],
+        )
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def console(self) -> str:
+        """What it has printed so far."""
+        self._streams[0].seek(0)
+        return self._streams[0].read()
+
+    def wait_for(self, text: str, seconds: float = 30) -> None:
+        """Until the console shows a text. Raises AssertionError when it does not."""
+        end = time.monotonic() + seconds
+        while text not in self.console():
+            assert time.monotonic() < end and self.process.poll() is None, f"no {text!r} in:\n{self.console()}"
+            time.sleep(0.01)
+
+    def wait(self, seconds: float = 60) -> Ended:
+        code = self.process.wait(seconds)
+        for stream in self._streams:
+            stream.seek(0)
+        console, errors = (stream.read() for stream in self._streams)
+        return Ended(code if code >= 0 else 128 - code, console, errors, self.folder)
+
+
+def settings_for(database: Mapping[str, str], url: str, folder: Path, **more: str) -> dict[str, str]:
+    """A whole set of settings: those of a database, Iterable's address, and results and log in `folder`."""
+    own = {
+        "ITERABLE_API_KEY": KEY,
+        "ITERABLE_API_BASE_URL": url,
+        "RESULTS_DIR": str(folder),
+        "LOG_FILE": str(folder / "run.log"),
+    }
+    return {**database, **own, **more}
+
+
+def run(*arguments: str, settings: Mapping[str, str], folder: Path, seconds: float = 60) -> Ended:
+    """One whole run."""
+    with Running(*arguments, settings=settings, folder=folder) as running:
+        return running.wait(seconds)
