@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ _TRY_AGAIN = {1040, 1053, 2002, 2003, 2013, 2055}
 _CLOSED = "The database closed the connection: check that the server runs, then run again"
 _CURES = {  # by the number that server or client give the error
     1040: "The database has no connection left: try again later, or raise max_connections",
-    1044: "DB_USER may not use this database: GRANT SELECT on it to the user",
+    1044: "DB_USER may not use this database: check DB_NAME, or GRANT SELECT on it to the user",
     1045: "The database refused the login: check DB_USER and DB_PASSWORD",
     1049: "There is no such database: check DB_NAME, or load database_setup.sql",
     1054: "A column is missing: compare the tables with database_setup.sql",
@@ -31,6 +32,7 @@ _CURES = {  # by the number that server or client give the error
     1698: "The database refused the login: check DB_USER and DB_PASSWORD",
     2002: "No database answers on this socket: check DB_HOST, and that the server runs",
     2003: "No database answers there: check DB_HOST and DB_PORT, and that the server runs",
+    2005: "The database's host name is unknown: check DB_HOST, and the network's DNS",
     2006: _CLOSED,
     2013: _CLOSED,
     2026: "The encrypted connection to the database failed: check DB_SSL_CA and the server's certificate",
@@ -134,4 +136,5 @@ class DatabaseConnection:
 
 
 def _in_words(error: Exception) -> DatabaseError:
-    return DatabaseError(f"{_CURES.get(getattr(error, 'errno', 0), 'The database reported an error')} ({error})")
+    number = 2005 if isinstance(error.__cause__, socket.gaierror) else getattr(error, "errno", 0)
+    return DatabaseError(f"{_CURES.get(number, 'The database reported an error')} ({error})")

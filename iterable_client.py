@@ -117,7 +117,7 @@ class CallResult:
         if self.ok:
             return f"{self.endpoint} call successful: {self.code}"
         if self.status is None:
-            return f"No answer from {self.endpoint}: {self.message}"
+            return f"No answer from {self.endpoint}"
         kind = {3: "Redirect", 4: "4xx Client Error", 5: "5xx Server Error"}.get(self.status // 100, "Unusable answer")
         return f"{kind} from {self.endpoint}: Status {self.status}"
 
@@ -146,8 +146,8 @@ class RateLimiter:
     _SHARE = 0.98  # with the slack, at most `rate` starts fall into any one second
     _SLACK = 0.02  # seconds that a late thread may make up for
     _FALL = 0.3
-    _RECOVERY = 10.0  # seconds until the refused rate is reached again
-    _FIRST_PAUSE = 0.5  # seconds, doubled while there is nothing but 429
+    _RECOVERY = 7.0  # seconds until the refused rate is reached again
+    _FIRST_PAUSE = 0.25  # seconds, doubled while there is nothing but 429
     _LONGEST_PAUSE = 30.0
 
     def __init__(self, rate: float, stop: threading.Event) -> None:

@@ -138,7 +138,8 @@ class _PrivateLogFile(logging.handlers.RotatingFileHandler):
         return open(self.baseFilename, self.mode, encoding="utf-8", errors="backslashreplace", opener=private)
 
     def shouldRollover(self, record: logging.LogRecord) -> bool:
-        return bool(self.stream) and self.stream.tell() >= self.maxBytes  # the original formats every record twice
+        # The original formats every record once more to know its size.
+        return self.stream is not None and self.stream.tell() >= self.maxBytes
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not self._failed:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import gc
 import hashlib
 import json
 import logging
@@ -45,7 +46,7 @@ ITERABLE_LIMIT = 500  # users/update calls a second, for a whole project
 UNUSABLE_IN_A_ROW = 20  # users without a usable answer, after which the run is given up
 MANY = 100  # users, above which the console shows progress instead of each success
 PROGRESS_SECONDS = 2.0
-LOOK_AHEAD = 8  # users in threads that wait for their first turn: few, so that the latency decides how many threads
+LOOK_AHEAD = 24  # users in threads that wait for their first turn: few, so that the latency decides how many threads
 MEMORY = timedelta(days=8)  # a view stays in the 7-day window to the end of its last day
 SHOWN_REASONS = 10
 RESULTS = "integration_results_"
@@ -539,7 +540,7 @@ class Report:
 
     def __init__(self) -> None:
         self.total = 0
-        self.outcome, self._exit_code = "completed", SUCCESS
+        self.outcome, self.why, self._exit_code = "completed", "", SUCCESS
         self.counts: Counter[str] = Counter()
         self.reasons: Counter[tuple[str | None, int | None, str | None, str]] = Counter()
         self.calls = self.retries = self.unusable_in_a_row = 0
@@ -620,8 +621,7 @@ class Report:
     def end(self, outcome: str, exit_code: int, why: str) -> None:
         """The run does not complete. The first reason counts."""
         if self.outcome == "completed":
-            self.outcome, self._exit_code = outcome, exit_code
-            log.error("%s", why)
+            self.outcome, self._exit_code, self.why = outcome, exit_code, why
 
     @property
     def attempted(self) -> int:
@@ -671,14 +671,15 @@ def tell_summary(summary: Mapping[str, Any], results: str) -> None:
         ("unchanged", "Unchanged since they were delivered, not sent again"),
         ("not_attempted", "Not attempted"),
     ):
-        if summary[key]:
-            lines.append(f"{words}: {summary[key]}")
+        lines += [f"{words}: {summary[key]}"] if summary[key] else []
     reasons = summary["failure_reasons"]
     for reason in reasons[:SHOWN_REASONS]:
         what = [str(reason[key]) for key in ("endpoint", "status", "code") if reason[key] is not None]
         lines.append(f"  {reason['count']} x {' '.join(what) or 'row'}: {reason['message']}")
     if len(reasons) > SHOWN_REASONS:
         lines.append(f"  and {len(reasons) - SHOWN_REASONS} other reasons, all in the results file")
+    if summary["exit_code"] in (BAD_SETTINGS, DATABASE_FAILED):
+        lines = []  # there is nothing to sum up
     lines.append(f"Results: {results}")
     lines.append(f"Time: {summary['duration_seconds']:.1f} s, {summary['users_per_second']:.1f} users a second")
     for line in lines:
@@ -789,6 +790,7 @@ def run_integration(settings: Settings, options: argparse.Namespace, stop: Stop)
             while options.limit is not None and len(rows) > options.limit:
                 rows.pop()
             report.total = len(rows)
+            gc.freeze()  # the rows are no garbage; to look through them again and again would stop every thread
             log.info("[STEP 4] Initializing Iterable API client...")
             with make_client(settings, stop) as client:
                 log.info("[STEP 5] Processing user records...")
@@ -813,6 +815,9 @@ def conclude(report: Report, results: ResultsFile) -> int:
     except OSError as error:
         report.end("aborted", NOT_ALL, f"{results.path} cannot be written: {error}")
         place = f"{results.path}.partial, without its end"
+    if report.why:
+        log.info("")
+        log.error("%s", report.why)
     tell_summary(report.summary(), place)
     return report.exit_code
 

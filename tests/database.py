@@ -1,4 +1,4 @@
-"""A private MySQL or MariaDB server for tests: a real one, on a temporary folder, gone with the process that started it."""
+"""A private MySQL or MariaDB server for tests: a real one on a temporary folder, gone with whoever started it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,12 @@ MYSQL9 = ROOT / ".venv" / "mysql9"  # where mysql9.sh unpacks
 SETUP = ROOT / "database_setup.sql"
 QUERIES = ROOT / "phase2_queries.sql"
 DATABASE = "iterable_challenge"
+ADD_INDEX = re.findall("ALTER TABLE page_views ADD KEY page_views_recent [^']*", SETUP.read_text(encoding="utf-8"))[0]
+DROP_INDEX = "ALTER TABLE page_views DROP KEY page_views_recent"
+LARGE = {  # options for a server with millions of rows
+    "mariadb": ("--innodb-buffer-pool-size=1G", "--innodb-log-file-size=512M"),
+    "mysql": ("--innodb-buffer-pool-size=1G", "--innodb-redo-log-capacity=1G"),
+}
 START_TIMEOUT = 120.0  # seconds: a start takes under one, but not on every machine
 
 _VARIABLES = {"mariadb": "TEST_MARIADBD", "mysql": "TEST_MYSQLD"}
@@ -47,7 +53,7 @@ _OF_KIND = {
 
 @dataclass(frozen=True)
 class ServerProgram:
-    """An installed server: `kind` is `mariadb` or `mysql`, `version` such as `10.11.6`, `client` its command-line client."""
+    """An installed server: `kind` is mariadb or mysql, `version` such as 10.11.6, `client` its command-line client."""
 
     kind: str
     version: str
@@ -68,9 +74,9 @@ def find_servers() -> dict[str, ServerProgram]:
             if program is None or program.kind != kind:
                 raise LookupError(f"{variable} names no {kind} server that runs and has its client beside it: {path}")
             servers[kind] = program
-    for path in (Path(folder, name) for folder in _FOLDERS for name in ("mariadbd", "mysqld")):
-        if len(servers) < len(_VARIABLES) and (program := _identify(path)):
-            servers.setdefault(program.kind, program)
+    for place in (Path(folder, name) for folder in _FOLDERS for name in ("mariadbd", "mysqld")):
+        if len(servers) < len(_VARIABLES) and (found := _identify(place)):
+            servers.setdefault(found.kind, found)
     return servers
 
 
@@ -115,7 +121,11 @@ class DatabaseServer:
         try:
             shutil.copytree(_template(self._program).name, self._data)
             self.start()
+            # mariadb-install-db lets root in by TCP as well, without a password.
+            for (host,) in self.query("SELECT host FROM mysql.user WHERE user = 'root' AND host <> 'localhost'", ""):
+                self.query(f"DROP USER root@'{host}'", "")
         except BaseException:
+            self.kill()
             self._folder.cleanup()
             raise
         return self
@@ -127,7 +137,7 @@ class DatabaseServer:
         self._folder.cleanup()
 
     def start(self) -> None:
-        """Start, on the first call's port and data, and return when the server takes connections."""
+        """Start, again on the same data and port, and return when the server takes connections."""
         self.port = self.port or _free_port()
         command = [
             *_dying_with_its_parent(),
@@ -137,7 +147,10 @@ class DatabaseServer:
             f"--pid-file={self.socket}.pid",
             *self._options,
         ]
-        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace")
+        # In a session of its own: a Ctrl-C is for the program that is tested.
+        self._process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+        )
         log = _Log(self._process)
         if not log.ready.wait(START_TIMEOUT) or self._process.poll() is not None:
             self.kill()
@@ -170,7 +183,7 @@ class DatabaseServer:
     def create_reader(
         self, user: str = "reader", password: str = "reader's secret", database: str = DATABASE, right: str = "SELECT"
     ) -> dict[str, str]:
-        """Make (again) an account that has only one right, on one database, and return its settings."""
+        """Make (again) an account for connections by TCP that has one right on one database; its settings."""
         account = f"'{user}'@'127.0.0.1'"
         with self.connect() as connection, connection.cursor() as cursor:
             cursor.execute(f"DROP USER IF EXISTS {account}")
@@ -204,7 +217,10 @@ class DatabaseServer:
         """
         account = ["--user=root", f"--socket={self.socket}"]
         if settings:
-            account = ["--protocol=TCP", *(f"--{name}={settings[f'DB_{name.upper()}']}" for name in ("host", "port", "user"))]
+            account = [
+                "--protocol=TCP",
+                *(f"--{name}={settings[f'DB_{name.upper()}']}" for name in ("host", "port", "user")),
+            ]
         done = subprocess.run(
             [self._program.client, "--no-defaults", *account, *arguments],
             input=script.read_bytes() if isinstance(script, Path) else script.encode(),
@@ -215,6 +231,57 @@ class DatabaseServer:
         if done.returncode:
             raise RuntimeError(done.stderr.decode(errors="replace").strip())
         return done.stdout.decode()
+
+
+def fill(server: DatabaseServer, customers: int, views: int, *, all_qualify: bool = False) -> None:
+    """Replace all customers and page views by made-up ones with the ids 1, 2, ...: the same in every call on one day.
+
+    A quarter of the customers is pro, and the views are spread over 90 days and 8 pages. With `all_qualify` Query 2
+    finds every customer, for days to come; that takes at least as many views as customers. 2 million views take 20 s,
+    with the options LARGE[server.kind] for the server.
+    """
+    for statement in (
+        # Rows first and keys afterwards is several times as fast.
+        "ALTER TABLE page_views DROP FOREIGN KEY page_views_customer, DROP KEY page_views_user_id",
+        DROP_INDEX,
+        "TRUNCATE page_views",
+        "TRUNCATE customers",
+        *_rows("customers (id, first_name, last_name, email, plan_type)", customers, _CUSTOMER[all_qualify]),
+        *_rows("page_views (id, user_id, page, browser, location, event_time)", views, _VIEW[all_qualify] % customers),
+        "ALTER TABLE page_views ADD KEY page_views_user_id (user_id), ADD CONSTRAINT page_views_customer"
+        " FOREIGN KEY (user_id) REFERENCES customers (id) ON DELETE CASCADE",
+        ADD_INDEX,
+        "ANALYZE TABLE customers, page_views",
+    ):
+        server.query(statement)
+
+
+def _rows(table: str, count: int, columns: str) -> Iterator[str]:
+    """Statements that make the rows 1 to `count` of an empty table, each as many as there are already."""
+    yield f"INSERT INTO {table} SELECT {columns} FROM (SELECT 1 AS n) AS numbers"
+    made = 1
+    while made < count:
+        numbers = f"SELECT id + {made} AS n FROM {table.split()[0]} WHERE id <= {count - made} ORDER BY id"
+        yield f"INSERT INTO {table} SELECT {columns} FROM ({numbers}) AS numbers"
+        made *= 2
+
+
+_NAMED = "n, CONCAT('First', n), CONCAT('Last', n), CONCAT('user', n, '@example.com'), "
+_CUSTOMER = {
+    False: _NAMED + "ELT(1 + CRC32(n) MOD 4, 'pro', 'basic', 'free', 'enterprise')",
+    True: _NAMED + "'pro'",
+}
+_FROM = (
+    " ELT(1 + CRC32(CONCAT('browser', n)) MOD 3, 'desktop', 'mobile', 'tablet'),"
+    " ELT(1 + CRC32(CONCAT('location', n)) MOD 5, 'Boston, US', 'London, GB', 'Berlin, DE', 'Sydney, AU', 'Lagos, NG'),"
+    " CURDATE() - INTERVAL 1 + CRC32(CONCAT('time', n)) MOD (86400 * {days}) SECOND"
+)
+_VIEW = {
+    False: "n, 1 + CRC32(CONCAT('user', n)) MOD %d, ELT(1 + CRC32(CONCAT('page', n)) MOD 8,"
+    " 'pricing', 'settings', 'home', 'docs', 'blog', 'dashboard', 'about', 'help')," + _FROM.format(days=90),
+    True: "n, 1 + (n - 1) MOD %d, ELT(1 + CRC32(CONCAT('page', n)) MOD 2, 'pricing', 'settings'),"
+    + _FROM.format(days=2),
+}
 
 
 class _Log:
@@ -242,7 +309,14 @@ class _Log:
 def _command(program: ServerProgram, data: Path) -> list[str]:
     # Neither server runs as root without being told so.
     as_root = ["--user=root"] if os.geteuid() == 0 else []
-    return [str(program.path), "--no-defaults", *as_root, f"--datadir={data}", *_SMALL_AND_FAST, *_OF_KIND[program.kind]]
+    return [
+        str(program.path),
+        "--no-defaults",
+        *as_root,
+        f"--datadir={data}",
+        *_SMALL_AND_FAST,
+        *_OF_KIND[program.kind],
+    ]
 
 
 @functools.cache
@@ -255,7 +329,9 @@ def _template(program: ServerProgram) -> tempfile.TemporaryDirectory[str]:
     else:
         command[0] = _mariadb_install_db(program.path)
         command += ["--auth-root-authentication-method=normal", "--skip-test-db"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=300)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=300
+    )
     if done.returncode:
         raise RuntimeError(f"{command[0]} failed:\n{done.stdout[-2000:]}")
     return folder
@@ -271,9 +347,20 @@ def _mariadb_install_db(server: Path) -> str:
 
 
 def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(dir=_all_folders()[0])
+
+
+@functools.cache
+def _all_folders() -> tuple[str, subprocess.Popen[bytes]]:
+    """A folder for everything of this process, and a shell that removes it when the process has ended in any way."""
     # The path of a socket may have 107 bytes.
-    parent = "/tmp" if len(os.fsencode(tempfile.gettempdir())) > 80 else None
-    return tempfile.TemporaryDirectory(prefix="database-", dir=parent)
+    parent = "/tmp" if len(os.fsencode(tempfile.gettempdir())) > 70 else None
+    folder = tempfile.mkdtemp(prefix="database-", dir=parent)
+    # The pipe ends with this process. A server that is being killed may still write for a moment.
+    remove = 'cat; rm -rf "$0" || { sleep 1; rm -rf "$0"; }'
+    return folder, subprocess.Popen(
+        ["sh", "-c", remove, folder], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    )
 
 
 def _dying_with_its_parent() -> list[str]:

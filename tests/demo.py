@@ -21,7 +21,9 @@ def main() -> int:
     ):
         server.load(database.SETUP)
         settings = harness.settings_for(server.create_reader(), iterable.url, Path(folder))
-        print(f"A private {server.kind} {server.version} holds database_setup.sql's sample; a stand-in plays Iterable.\n")
+        print(
+            f"A private {server.kind} {server.version} holds database_setup.sql's sample; a stand-in plays Iterable.\n"
+        )
         print("$ python3 main.py", *sys.argv[1:], flush=True)
         done = subprocess.run(
             [sys.executable, str(harness.ROOT / "main.py"), "--env-file", "/dev/null", *sys.argv[1:]],
