@@ -1,0 +1,120 @@
+"""What the tests share: private servers, the stand-in, tables to send from, and the program as a process."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import database
+import harness
+import pytest
+from standin_handle import StandIn
+
+COUNTER = itertools.count(1)
+DEFAULTS = {"first_name": "Ann", "plan_type": "pro", "page": "pricing", "browser": "desktop", "location": "Berlin"}
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[dict[str, database.DatabaseServer]]:
+    """A started server of each kind that the machine has, with the sample loaded."""
+    started: dict[str, database.DatabaseServer] = {}
+    for kind, program in database.find_servers().items():
+        started[kind] = database.DatabaseServer(program)
+        started[kind].__enter__()
+        started[kind].load(database.SETUP)
+    yield started
+    for server in started.values():
+        server.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def server(servers: dict[str, database.DatabaseServer]) -> database.DatabaseServer:
+    """One server, where the kind makes no difference."""
+    return next(iter(servers.values()))
+
+
+@pytest.fixture(scope="session")
+def _standin() -> Iterator[StandIn]:
+    with StandIn(key=harness.KEY, limit_users=100_000, limit_events=400_000) as standin:
+        yield standin
+
+
+@pytest.fixture
+def standin(_standin: StandIn) -> StandIn:
+    """A stand-in for Iterable without users, events or faults, and with room for as many calls as come."""
+    _standin.reset()
+    return _standin
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where results and log go."""
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def customers(server: database.DatabaseServer) -> Callable[..., dict[str, str]]:
+    """`customers(3)` or `customers([{"email": None}, ...])`: a database of its own with these pro customers, each with
+    a recent view of the pricing page, and the settings of an account that may only read it. Customer n is
+    user<n>@example.com; ids count from 1, and the view's id is the customer's."""
+
+    def make(rows: int | Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        name = f"customers_{next(COUNTER)}"
+        server.query(f"CREATE DATABASE {name} CHARACTER SET utf8mb4 COLLATE utf8mb4_unicode_ci", database="")
+        for table in ("customers", "page_views"):
+            server.query(f"CREATE TABLE {name}.{table} LIKE {database.DATABASE}.{table}")
+        people = [{}] * rows if isinstance(rows, int) else rows
+        values = [{**DEFAULTS, "email": f"user{number}@example.com", **row} for number, row in enumerate(people, 1)]
+        with server.connect(name) as connection, connection.cursor() as cursor:
+            cursor.executemany(
+                "INSERT INTO customers (id, first_name, email, plan_type) VALUES (%s, %s, %s, %s)",
+                [(number, row["first_name"], row["email"], row["plan_type"]) for number, row in enumerate(values, 1)],
+            )
+            # Relative to the server's own day, so that no test depends on today's date or on midnight.
+            cursor.executemany(
+                "INSERT INTO page_views (id, user_id, page, browser, location, event_time)"
+                " VALUES (%s, %s, %s, %s, %s, COALESCE(%s, DATE_SUB(CURDATE(), INTERVAL 2 DAY)))",
+                [
+                    (number, number, row["page"], row["browser"], row["location"], row.get("event_time"))
+                    for number, row in enumerate(values, 1)
+                ],
+            )
+        return server.create_reader(user=f"reader_{name}", database=name)
+
+    return make
+
+
+@pytest.fixture
+def settings(standin: StandIn, folder: Path) -> Callable[..., dict[str, str]]:
+    """`settings(database, **more)`: all settings of a run against the stand-in."""
+
+    def make(database: Mapping[str, str], **more: str) -> dict[str, str]:
+        return harness.settings_for(database, more.pop("url", standin.url), folder, **more)
+
+    return make
+
+
+@pytest.fixture
+def program(settings: Callable[..., dict[str, str]], folder: Path) -> Callable[..., harness.Ended]:
+    """`program("--quiet", database=..., **settings)`: one whole run of main.py as a process."""
+
+    def run(*arguments: str, database: Mapping[str, str], seconds: float = 60, **more: str) -> harness.Ended:
+        return harness.run(*arguments, settings=settings(database, **more), folder=folder, seconds=seconds)
+
+    return run
+
+
+@pytest.fixture
+def started(settings: Callable[..., dict[str, str]], folder: Path) -> Iterator[Callable[..., harness.Running]]:
+    """As `program`, but the run is under way, and is killed at the end of the test."""
+    runs: list[harness.Running] = []
+
+    def start(*arguments: str, database: Mapping[str, str], **more: str) -> harness.Running:
+        runs.append(harness.Running(*arguments, settings=settings(database, **more), folder=folder))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.__exit__()
