@@ -143,8 +143,8 @@ class RateLimiter:
     the others leave changes.
     """
 
-    _SHARE = 0.98  # with the slack, at most `rate` starts fall into any one second
-    _SLACK = 0.02  # seconds that a late thread may make up for
+    _SHARE = 0.97  # the rest is for threads that wake late: what they start falls into a second that is full already
+    _SLACK = 0.01  # seconds that a late thread may make up for
     _FALL = 0.3
     _RECOVERY = 7.0  # seconds until the refused rate is reached again
     _FIRST_PAUSE = 0.25  # seconds, doubled while there is nothing but 429

@@ -46,7 +46,7 @@ ITERABLE_LIMIT = 500  # users/update calls a second, for a whole project
 UNUSABLE_IN_A_ROW = 20  # users without a usable answer, after which the run is given up
 MANY = 100  # users, above which the console shows progress instead of each success
 PROGRESS_SECONDS = 2.0
-LOOK_AHEAD = 24  # users in threads that wait for their first turn: few, so that the latency decides how many threads
+LOOK_AHEAD = 24  # users that wait for their first turn: few, so that threads start only as the latency needs them
 MEMORY = timedelta(days=8)  # a view stays in the 7-day window to the end of its last day
 SHOWN_REASONS = 10
 RESULTS = "integration_results_"
@@ -514,7 +514,7 @@ def deliver(deliveries: Iterator[Delivery], client: IterableClient, workers: int
 
     with ThreadPoolExecutor(workers) as pool:
         while more or in_flight:
-            while more and (client.stopped or (waiting < LOOK_AHEAD and in_flight < workers)):
+            while more and (client.stopped or waiting < LOOK_AHEAD):
                 delivery = next(deliveries, None)
                 if delivery is None:
                     more = False

@@ -140,8 +140,7 @@ class DatabaseServer:
         """Start, again on the same data and port, and return when the server takes connections."""
         self.port = self.port or _free_port()
         command = [
-            *_dying_with_its_parent(),
-            *_command(self._program, self._data),
+            *_command(self._program.path, self._program.kind, self._data),
             f"--socket={self.socket}",
             f"--port={self.port}",
             f"--pid-file={self.socket}.pid",
@@ -306,44 +305,42 @@ class _Log:
         return "".join(self._lines)
 
 
-def _command(program: ServerProgram, data: Path) -> list[str]:
-    # Neither server runs as root without being told so.
-    as_root = ["--user=root"] if os.geteuid() == 0 else []
-    return [
-        str(program.path),
-        "--no-defaults",
-        *as_root,
-        f"--datadir={data}",
-        *_SMALL_AND_FAST,
-        *_OF_KIND[program.kind],
-    ]
+def _command(program: Path, kind: str, data: Path) -> list[str]:
+    as_root = ["--user=root"] if os.geteuid() == 0 else []  # neither server runs as root without being told so
+    dying_with_its_parent = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
+    options = ["--no-defaults", *as_root, f"--datadir={data}", *_SMALL_AND_FAST, *_OF_KIND[kind]]
+    return [*dying_with_its_parent, str(program), *options]
 
 
 @functools.cache
 def _template(program: ServerProgram) -> tempfile.TemporaryDirectory[str]:
     """A fresh data folder, made once in a process, because that takes MySQL seconds, and copied for each server."""
     folder = _temporary_folder()
-    command = _command(program, Path(folder.name))
     if program.kind == "mysql":
-        command.append("--initialize-insecure")
+        tool, options = program.path, ["--initialize-insecure"]
     else:
-        command[0] = _mariadb_install_db(program.path)
-        command += ["--auth-root-authentication-method=normal", "--skip-test-db"]
+        tool = _mariadb_install_db(program.path)
+        options = ["--auth-root-authentication-method=normal", "--skip-test-db"]
     done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=300
+        [*_command(tool, program.kind, Path(folder.name)), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=START_TIMEOUT,
     )
     if done.returncode:
-        raise RuntimeError(f"{command[0]} failed:\n{done.stdout[-2000:]}")
+        raise RuntimeError(f"{tool} failed:\n{done.stdout[-2000:]}")
     return folder
 
 
-def _mariadb_install_db(server: Path) -> str:
+def _mariadb_install_db(server: Path) -> Path:
     folders = (server.parent, server.parent.parent / "bin", server.parent.parent / "scripts")
     path = os.pathsep.join([*map(str, folders), os.environ.get("PATH", os.defpath)])
     found = shutil.which("mariadb-install-db", path=path) or shutil.which("mysql_install_db", path=path)
     if not found:
         raise LookupError(f"{server} has no mariadb-install-db")
-    return found
+    return Path(found)
 
 
 def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
@@ -361,10 +358,6 @@ def _all_folders() -> tuple[str, subprocess.Popen[bytes]]:
     return folder, subprocess.Popen(
         ["sh", "-c", remove, folder], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
     )
-
-
-def _dying_with_its_parent() -> list[str]:
-    return ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
 
 
 def _free_port() -> int:
