@@ -25,6 +25,7 @@ import urllib3
 from requests.adapters import DEFAULT_CA_BUNDLE_PATH, HTTPAdapter
 from urllib3.exceptions import (
     HTTPError,
+    LocationParseError,
     NameResolutionError,
     NewConnectionError,
     ProxyError,
@@ -86,8 +87,9 @@ class RetryPolicy:
             seconds = float(header)
         except ValueError:
             try:
-                date = parsedate_to_datetime(header).astimezone(timezone.utc)
-                seconds = (date - datetime.now(timezone.utc)).total_seconds()
+                date = parsedate_to_datetime(header)
+                now = datetime.now(timezone.utc)
+                seconds = (date.replace(tzinfo=date.tzinfo or timezone.utc) - now).total_seconds()
             except (ValueError, TypeError, OverflowError):
                 return None
         return None if math.isnan(seconds) else min(max(seconds, 0.0), self.longest_retry_after)
@@ -313,37 +315,45 @@ class IterableClient:
                 timeout=self._timeout,
                 preload_content=False,
             )
-            try:
-                text = response.read(_LONGEST_BODY).decode("utf-8", "replace")
-            finally:
-                response.close()  # a connection whose answer was read to its end is in the pool by now, and stays open
+            text = _read(response)
         except (HTTPError, http.client.HTTPException, OSError, ValueError) as error:
             retryable, words = _describe(error)
             words = self._redact(words)
             return CallResult(endpoint, False, message=words, reason=words, retryable=retryable), None
         retry_after = self._retry.retry_after(response.headers.get("Retry-After"))
-        return interpret(endpoint, response.status, self._redact(text)), retry_after
+        return interpret(endpoint, response.status, text, self._redact), retry_after
 
 
-def interpret(endpoint: str, status: int, text: str) -> CallResult:
-    """What an answer means: the HTTP status first, then Iterable's `code` (contract 5). `text` is redacted."""
+def _read(response: urllib3.BaseHTTPResponse) -> str:
+    """The body. That of a refusal may break off: the status says enough. Raises what urllib3 does."""
+    try:
+        return response.read(_LONGEST_BODY).decode("utf-8", "replace")
+    except (HTTPError, OSError):
+        if response.status < 300:
+            raise
+        return ""
+    finally:
+        response.close()  # a connection whose answer was read to its end is in the pool by now, and stays open
+
+
+def interpret(endpoint: str, status: int, text: str, redact: Callable[[str], str] = str) -> CallResult:
+    """What an answer means: the HTTP status first, then Iterable's `code` (contract 5)."""
     try:
         answer = json.loads(text)
+        if "\\" in text:  # a secret could hide in escapes
+            text = json.dumps(answer, ensure_ascii=False)
     except (ValueError, RecursionError):
         answer = None
     answer = answer if isinstance(answer, dict) else {}
-    code, message = (value if isinstance(value := answer.get(key), str) else None for key in ("code", "msg"))
-    message = message or ""
+    code, message = (redact(answer[key]) if isinstance(answer.get(key), str) else "" for key in ("code", "msg"))
     if 200 <= status < 300 and code == "Success" and "is disallowed from tracking" not in message:
         return CallResult(endpoint, True, status, code, message[:_LONGEST_TEXT])
-    body = " ".join(text.split())[:_LONGEST_TEXT]
+    reason, retryable = _reason(status, code, message), status in _TRY_AGAIN
     if code == "RequestFieldsTypesMismatched":
-        details, reason = _mismatches(answer, values=True), _mismatches(answer, values=False)
-        return CallResult(endpoint, False, status, code, f"{message}: {details}"[:_LONGEST_TEXT], reason, body)
-    reason = _reason(status, code, message)[:_LONGEST_TEXT]
-    return CallResult(
-        endpoint, False, status, code, message[:_LONGEST_TEXT], reason, body, retryable=status in _TRY_AGAIN
-    )
+        message = redact(f"{message}: {_mismatches(answer, values=True)}")
+        reason, retryable = redact(_mismatches(answer, values=False)), False
+    message, reason, body = (one[:_LONGEST_TEXT] for one in (message, reason, " ".join(redact(text).split())))
+    return CallResult(endpoint, False, status, code or None, message, reason, body, retryable=retryable)
 
 
 def _without_user(result: CallResult, payload: Mapping[str, Any]) -> CallResult:
@@ -391,7 +401,7 @@ def _describe(error: Exception) -> tuple[bool, str]:
         return False, f"the server's certificate is not trusted ({cause.verify_message}): {advice}"
     if isinstance(error, SSLError):
         return True, f"no encrypted connection ({getattr(cause, 'reason', error)}): {_CHECK_URL}"
-    if isinstance(error, NameResolutionError):
+    if isinstance(error, NameResolutionError | LocationParseError):
         return True, f"the host name is unknown (DNS): {_CHECK_URL}"
     if isinstance(error, NewConnectionError):
         return True, f"no connection ({getattr(error.__cause__, 'strerror', None) or 'refused'}): {_CHECK_URL}"
@@ -432,7 +442,10 @@ def _connect(base_url: str, workers: int) -> tuple[HTTPAdapter, Any, dict[str, s
     calls = {
         name: requests.Request("POST", f"{base_url}/api/{name}").prepare() for name in (USERS_UPDATE, EVENTS_TRACK)
     }
-    pool: Any = adapter.get_connection_with_tls_context(calls[USERS_UPDATE], verify=True, proxies=proxies)
+    try:
+        pool: Any = adapter.get_connection_with_tls_context(calls[USERS_UPDATE], verify=True, proxies=proxies)
+    except (OSError, ValueError, HTTPError) as error:
+        raise OSError(f"The proxy of the environment (HTTPS_PROXY) is of no use: {error}") from error
     answer = {"response_class": staticmethod(lambda sock, **more: http.client.HTTPResponse(_Deadline(sock), **more))}  # type: ignore[arg-type]
     pool.ConnectionCls = type("Connection", (pool.ConnectionCls,), answer)
     return adapter, pool, {name: adapter.request_url(call, proxies) for name, call in calls.items()}
