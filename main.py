@@ -318,7 +318,8 @@ def to_json(value: Any) -> str:
 class ResultsFile:
     """The document of contract 7: it grows line by line as `….json.partial` and takes its name when it is whole.
 
-    Each line reaches the kernel at once, so that a killed process loses none, and the disk within about a second.
+    The line of a user who was told reaches the kernel at once, so that a killed process loses none, and the disk within
+    about a second.
     Raises OSError when folder or disk do not take it.
     """
 
@@ -338,7 +339,7 @@ class ResultsFile:
         self._write(f'{{\n"run": {to_json(run)},\n"results": [\n')
 
     def add(self, delivery: Delivery) -> None:
-        self._write(self._separator + delivery.as_json())
+        self._write(self._separator + delivery.as_json(), at_once=bool(delivery.calls))
         self._separator = ",\n"
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -347,13 +348,14 @@ class ResultsFile:
         self._file.close()
         self._partial.rename(self.path)
 
-    def _write(self, text: str) -> None:
+    def _write(self, text: str, *, at_once: bool = True) -> None:
         if self._broken:
             raise self._broken
         try:
             self._file.write(text)
-            self._file.flush()
-            if time.monotonic() - self._synced > 1:
+            if at_once:
+                self._file.flush()
+            if at_once and time.monotonic() - self._synced > 1:
                 os.fsync(self._file.fileno())
                 self._synced = time.monotonic()
         except OSError as error:  # nothing is written after a gap
@@ -729,11 +731,11 @@ def changed(
     """A delivery for each row, with --changed-only for each that was not yet delivered as it is. Uses up the rows."""
     memory = read_memory(settings.results_dir, stop) if options.changed_only else {}
     for count in range(1, len(rows) + 1):
-        record = Record(**rows.popleft())
+        row = rows.popleft()
         if stop.is_set():
-            yield Delivery(count, record.user_id, record.email)
+            yield Delivery(count, row["user_id"], row["email"])
             continue
-        delivery = prepare(count, record, settings)
+        delivery = prepare(count, Record(**row), settings)
         known = memory.get(to_json(delivery.user_id).encode())
         if known and delivery.fingerprint and known == delivery.fingerprint.encode():
             report.unchanged(count)
