@@ -40,6 +40,8 @@ _CURES = {  # by the number that server or client give the error
     3024: f"The database was silent for {QUERY_TIMEOUT} s: look for locks, and for a missing index",
 }
 
+_ERRORS = (mysql.connector.Error, OSError, UnicodeError)  # the last for a host name that cannot be one
+
 log = logging.getLogger(__name__)
 
 
@@ -102,7 +104,7 @@ class DatabaseConnection:
     def __exit__(self, *_: object) -> None:
         try:
             self._connection.close()
-        except (mysql.connector.Error, OSError) as error:  # it says goodbye to a server that may be gone
+        except _ERRORS as error:  # it says goodbye to a server that may be gone
             log.debug("Closing the database connection: %s", error)
 
     def execute_query(self, sql: str) -> list[dict[str, Any]]:
@@ -111,14 +113,14 @@ class DatabaseConnection:
             with self._connection.cursor(dictionary=True) as cursor:
                 cursor.execute(sql)
                 return cursor.fetchall() if cursor.description else []
-        except (mysql.connector.Error, OSError) as error:
+        except _ERRORS as error:
             raise _in_words(error) from error
 
     def _connect(self) -> Any:
         for wait in (*WAITS, None):
             try:
                 return mysql.connector.connect(**self._config)
-            except (mysql.connector.Error, OSError) as error:
+            except _ERRORS as error:
                 if wait is None or getattr(error, "errno", None) not in _TRY_AGAIN:
                     raise _in_words(error) from error
                 log.info("The database does not answer yet, next try in %g s (%s)", wait, error)
@@ -136,5 +138,6 @@ class DatabaseConnection:
 
 
 def _in_words(error: Exception) -> DatabaseError:
-    number = 2005 if isinstance(error.__cause__, socket.gaierror) else getattr(error, "errno", 0)
+    unknown_host = isinstance(error, UnicodeError) or isinstance(error.__cause__, socket.gaierror)
+    number = 2005 if unknown_host else getattr(error, "errno", 0)
     return DatabaseError(f"{_CURES.get(number, 'The database reported an error')} ({error})")

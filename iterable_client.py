@@ -184,8 +184,9 @@ class RateLimiter:
         """A call that was sent then was answered 429."""
         with self._lock:
             now = monotonic()
-            if sent_at >= self._open_at and now - self._fell_at >= 1:  # else it was on the wire before the last pause
-                self._refused_rate, self._fell_at = max(self.rate(now), 1.0), now
+            if sent_at >= self._open_at:  # else it was on the wire before the last pause, and says nothing new
+                if now - self._fell_at >= 1:
+                    self._refused_rate, self._fell_at = max(self.rate(now), 1.0), now
                 if retry_after is None:
                     retry_after = self._pause
                     self._pause = min(2 * self._pause, self._LONGEST_PAUSE)

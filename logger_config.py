@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import json
 import logging
 import logging.handlers
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, quote_plus
 
 MAX_BYTES = 10_000_000
 OLD_FILES = 5
@@ -28,6 +29,13 @@ _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 log = logging.getLogger(__name__)
 
 
+def _forms(secret: str) -> set[str]:
+    """A secret as it is, in JSON, in Python, in an address and in HTML."""
+    in_json = (json.dumps(secret, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False))
+    in_address = (quote(secret, safe=""), quote(secret), quote_plus(secret))
+    return {secret, *in_json, *in_address, repr(secret)[1:-1], html.escape(secret)}
+
+
 class Redactor:
     """Replaces every secret in a text, also where it is escaped, or in other case.
 
@@ -35,12 +43,7 @@ class Redactor:
     """
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
-        forms = {
-            form
-            for secret in secrets
-            if len(secret) >= _SHORTEST_SECRET
-            for form in (secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], quote(secret, safe=""))
-        }
+        forms = {form for secret in secrets if len(secret) >= _SHORTEST_SECRET for form in _forms(secret)}
         pattern = "|".join(map(re.escape, sorted(forms, key=len, reverse=True)))
         self._pattern = re.compile(pattern or r"(?!)", re.IGNORECASE)
 

@@ -12,6 +12,7 @@ import fcntl
 import functools
 import gc
 import hashlib
+import io
 import json
 import logging
 import os
@@ -97,24 +98,30 @@ def matching(pattern: str, complaint: str) -> Callable[[str], str]:
     return parse
 
 
+plain = matching(r"[^\0\ud800-\udfff]*", "has bytes that are not text")
+
+
+def path(text: str) -> Path:
+    return HERE / plain(text)
+
+
 def readable_file(text: str) -> str:
-    path = str(HERE / text) if text else ""
-    if path and not (os.path.isfile(path) and os.access(path, os.R_OK)):
-        raise ValueError(f"must be a file that can be read, unlike {path}")
-    return path
+    if text and not (path(text).is_file() and os.access(path(text), os.R_OK)):
+        raise ValueError(f"must be a file that can be read, unlike {path(text)}")
+    return text and str(path(text))
 
 
 def base_url(text: str) -> str:
     text = text.rstrip("/").removesuffix("/api").rstrip("/")
     parts = re.fullmatch(r"(https?)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?", text)
-    if not parts:
+    if not parts or int((parts[3] or ":443")[1:]) > 65535:
         raise ValueError("must be a host's address such as https://api.iterable.com, without path, query or user")
     if parts[1] == "http" and not re.fullmatch(r"localhost|127(\.[0-9]{1,3}){3}|\[::1\]", parts[2]):
         raise ValueError("must begin with https://, or the API key would travel in the clear")
     return text
 
 
-def setting(parse: Callable[[str], Any] = str, default: str | None = None, *, secret: bool = False) -> Any:
+def setting(parse: Callable[[str], Any] = plain, default: str | None = None, *, secret: bool = False) -> Any:
     return field(repr=not secret, metadata={"parse": parse, "default": default})
 
 
@@ -138,8 +145,8 @@ class Settings:
     iterable_timeout: float = setting(number(0.1, 3600, float), "30")
     max_workers: int = setting(number(1, 2000), "300")
     log_level: str = setting(matching("DEBUG|INFO|WARNING|ERROR", "must be DEBUG, INFO, WARNING or ERROR"), "INFO")
-    log_file: Path = setting(HERE.joinpath, "iterable_integration.log")
-    results_dir: Path = setting(HERE.joinpath, ".")
+    log_file: Path = setting(path, "iterable_integration.log")
+    results_dir: Path = setting(path, ".")
 
 
 def load_environment_variables(
@@ -175,16 +182,15 @@ def load_environment_variables(
     return Settings(**parsed)
 
 
-def read_env_file(path: Path, complaints: list[str]) -> dict[str, str]:
-    if not path.exists():
-        if path != HERE / ".env":
-            complaints.append(f"--env-file {path} does not exist")
-        return {}
-    try:  # not interpolated: a password may hold ${...}
-        return {name: value or "" for name, value in dotenv.dotenv_values(path, interpolate=False).items()}
+def read_env_file(env_file: Path, complaints: list[str]) -> dict[str, str]:
+    try:
+        text = env_file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        complaints.append(f"{path} cannot be read ({error})")
+        if not (isinstance(error, FileNotFoundError) and env_file == HERE / ".env"):
+            complaints.append(f"{env_file} cannot be read ({getattr(error, 'strerror', None) or error})")
         return {}
+    values = dotenv.dotenv_values(stream=io.StringIO(text), interpolate=False)  # a password may hold ${...}
+    return {name: value or "" for name, value in values.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +256,9 @@ def text_of(value: Any) -> str | None:
             raise UnusableRow("a column holds bytes that are not text") from None
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, int | float | Decimal | date):
+    if isinstance(value, Decimal):
+        return f"{value:f}"
+    if isinstance(value, int | float | date):
         return str(value)
     raise UnusableRow(f"a column holds a {type(value).__name__}, which has no text")
 
@@ -765,7 +773,7 @@ def process(
         report.add(delivery)
         if refused := [call.reason for call in delivery.calls if call.key_refused]:
             report.end("aborted", GIVEN_UP, f"The run is given up: {refused[0]}")
-        elif report.unusable_in_a_row >= UNUSABLE_IN_A_ROW:
+        elif delivery.calls and report.unusable_in_a_row >= UNUSABLE_IN_A_ROW:
             client.halt()
             why = f"{UNUSABLE_IN_A_ROW} users in a row got no usable answer"
             report.end("aborted", GIVEN_UP, f"The run is given up: {why}: {delivery.calls[-1].reason}")

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import database
 import harness
-import main
 import pytest
+
+import main
 
 README = (harness.ROOT / "README.md").read_text("utf-8")
 

@@ -506,7 +506,7 @@ def test_an_env_file_that_is_not_there_is_a_settings_error(
 ) -> None:
     ended = harness.run("--env-file", "/nowhere/x.env", settings=settings(customers(1)), folder=folder)
     assert ended.exit_code == 2
-    assert ended.console.startswith("Settings: --env-file /nowhere/x.env does not exist. Set them in")
+    assert ended.console.startswith("Settings: /nowhere/x.env cannot be read (No such file or directory). Set them in")
 
 
 def test_cron_may_start_it_with_nothing_in_the_environment_from_another_folder(
