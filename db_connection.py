@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import socket
+import ssl
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ QUERY_TIMEOUT = 600  # seconds without a byte from the server
 WAITS = (1.0, 2.0, 4.0)  # seconds between the tries to connect: most servers that restart are back by then
 
 _OLDEST = {"MySQL": (8, 0), "MariaDB": (10, 2)}  # the first with window functions and CTEs
-_TRY_AGAIN = {1040, 1053, 2002, 2003, 2013, 2055}
+_TRY_AGAIN = {1040, 1053, 2002, 2003, 2005, 2013, 2055}
 _CLOSED = "The database closed the connection: check that the server runs, then run again"
 _CURES = {  # by the number that server or client give the error
     1040: "The database has no connection left: try again later, or raise max_connections",
@@ -121,7 +122,7 @@ class DatabaseConnection:
             try:
                 return mysql.connector.connect(**self._config)
             except _ERRORS as error:
-                if wait is None or getattr(error, "errno", None) not in _TRY_AGAIN:
+                if wait is None or _number(error) not in _TRY_AGAIN:
                     raise _in_words(error) from error
                 log.info("The database does not answer yet, next try in %g s (%s)", wait, error)
                 if self._stop.wait(wait):
@@ -137,7 +138,12 @@ class DatabaseConnection:
         return f"{kind} {'.'.join(numbers)}"
 
 
+def _number(error: Exception) -> int:
+    """The number of an error, with those told apart that the connector gives the number of a lost connection."""
+    if isinstance(error, UnicodeError) or isinstance(error.__cause__, socket.gaierror):
+        return 2005
+    return 2026 if isinstance(error.__cause__, ssl.SSLError) else getattr(error, "errno", 0) or 0
+
+
 def _in_words(error: Exception) -> DatabaseError:
-    unknown_host = isinstance(error, UnicodeError) or isinstance(error.__cause__, socket.gaierror)
-    number = 2005 if unknown_host else getattr(error, "errno", 0)
-    return DatabaseError(f"{_CURES.get(number, 'The database reported an error')} ({error})")
+    return DatabaseError(f"{_CURES.get(_number(error), 'The database reported an error')} ({error})")

@@ -30,10 +30,11 @@ log = logging.getLogger(__name__)
 
 
 def _forms(secret: str) -> set[str]:
-    """A secret as it is, in JSON, in Python, in an address and in HTML."""
+    """A secret as it is, and as JSON, Python, an address, HTML and this log write it."""
     in_json = (json.dumps(secret, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False))
-    in_address = (quote(secret, safe=""), quote(secret), quote_plus(secret))
-    return {secret, *in_json, *in_address, repr(secret)[1:-1], html.escape(secret)}
+    octets = secret.encode("utf-8", "surrogateescape")
+    in_address = (quote(octets, safe=""), quote(octets), quote_plus(octets))
+    return {secret, *in_json, *in_address, repr(secret)[1:-1], html.escape(secret), secret.translate(_CONTROLS)}
 
 
 class Redactor:
@@ -142,9 +143,17 @@ class _PrivateLogFile(logging.handlers.RotatingFileHandler):
 
     def shouldRollover(self, record: logging.LogRecord) -> bool:
         # The original formats every record once more to know its size.
-        return self.stream is not None and self.stream.tell() >= self.maxBytes
+        status = os.fstat(self.stream.fileno()) if self.stream else None
+        return bool(status and stat.S_ISREG(status.st_mode) and 0 < self.maxBytes <= status.st_size)
 
-    def handleError(self, record: logging.LogRecord) -> None:
+    def doRollover(self) -> None:
+        try:
+            super().doRollover()
+        except OSError:
+            self.maxBytes = 0  # one file that grows, rather than lines that are lost
+            self.handleError(None)
+
+    def handleError(self, record: logging.LogRecord | None) -> None:
         if not self._failed:
             self._failed = True
             log.error("The log file %s cannot be written: %s", self.baseFilename, sys.exc_info()[1])

@@ -106,7 +106,7 @@ def path(text: str) -> Path:
 
 
 def readable_file(text: str) -> str:
-    if text and not (path(text).is_file() and os.access(path(text), os.R_OK)):
+    if text and not (os.path.isfile(path(text)) and os.access(path(text), os.R_OK)):
         raise ValueError(f"must be a file that can be read, unlike {path(text)}")
     return text and str(path(text))
 

@@ -111,15 +111,14 @@ class DatabaseServer:
     def __init__(self, program: ServerProgram, *options: str) -> None:
         self.kind, self.version = program.kind, program.version
         self._program, self._options = program, options
-        self._folder = _temporary_folder()
-        self._data = Path(self._folder.name) / "data"
+        self._folder = tempfile.TemporaryDirectory(dir=_all_folders()[0])
         self.socket = str(Path(self._folder.name) / "socket")
         self.port = 0
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> DatabaseServer:
         try:
-            shutil.copytree(_template(self._program).name, self._data)
+            shutil.copytree(_template(self._program), self._folder.name, dirs_exist_ok=True)
             self.start()
             # mariadb-install-db lets root in by TCP as well, without a password.
             for (host,) in self.query("SELECT host FROM mysql.user WHERE user = 'root' AND host <> 'localhost'", ""):
@@ -140,7 +139,7 @@ class DatabaseServer:
         """Start, again on the same data and port, and return when the server takes connections."""
         self.port = self.port or _free_port()
         command = [
-            *_command(self._program.path, self._program.kind, self._data),
+            *_command(self._program.path, self.kind, self._folder.name),
             f"--socket={self.socket}",
             f"--port={self.port}",
             f"--pid-file={self.socket}.pid",
@@ -305,24 +304,28 @@ class _Log:
         return "".join(self._lines)
 
 
-def _command(program: Path, kind: str, data: Path) -> list[str]:
+def _command(program: Path, kind: str, folder: str) -> list[str]:
+    # A tmpdir of its own, because MariaDB begins with removing there what looks like its own temporary tables, those
+    # of other servers included.
+    folders = [f"--datadir={folder}/data", f"--tmpdir={folder}/tmp"]
     as_root = ["--user=root"] if os.geteuid() == 0 else []  # neither server runs as root without being told so
     dying_with_its_parent = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
-    options = ["--no-defaults", *as_root, f"--datadir={data}", *_SMALL_AND_FAST, *_OF_KIND[kind]]
+    options = ["--no-defaults", *as_root, *folders, *_SMALL_AND_FAST, *_OF_KIND[kind]]
     return [*dying_with_its_parent, str(program), *options]
 
 
 @functools.cache
-def _template(program: ServerProgram) -> tempfile.TemporaryDirectory[str]:
-    """A fresh data folder, made once in a process, because that takes MySQL seconds, and copied for each server."""
-    folder = _temporary_folder()
+def _template(program: ServerProgram) -> str:
+    """A folder for a new server, made once in a process, because that takes MySQL seconds, and copied for each."""
+    folder = tempfile.mkdtemp(dir=_all_folders()[0])
+    (Path(folder) / "tmp").mkdir()
     if program.kind == "mysql":
         tool, options = program.path, ["--initialize-insecure"]
     else:
         tool = _mariadb_install_db(program.path)
         options = ["--auth-root-authentication-method=normal", "--skip-test-db"]
     done = subprocess.run(
-        [*_command(tool, program.kind, Path(folder.name)), *options],
+        [*_command(tool, program.kind, folder), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -341,10 +344,6 @@ def _mariadb_install_db(server: Path) -> Path:
     if not found:
         raise LookupError(f"{server} has no mariadb-install-db")
     return Path(found)
-
-
-def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(dir=_all_folders()[0])
 
 
 @functools.cache

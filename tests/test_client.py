@@ -951,6 +951,14 @@ def test_the_key_that_iterable_echoes_with_all_headers_is_redacted(standin: Stan
     assert KEY not in repr(result)
 
 
+@pytest.mark.parametrize("word", ["success", "ForgottenUserError", "RequestFieldsTypesMismatched", "code"])
+def test_a_secret_that_is_a_word_of_the_api_changes_no_outcome(word: str) -> None:
+    redact = Redactor([word])
+    assert interpret(USERS_UPDATE, 200, SUCCESS, redact).ok
+    assert interpret(USERS_UPDATE, 409, answer("ForgottenUserError"), redact).forgotten
+    assert not interpret(USERS_UPDATE, 500, mismatch("x"), redact).retryable
+
+
 # What goes wrong on the way
 
 
@@ -1068,6 +1076,13 @@ def test_an_answer_has_to_be_whole_within_the_timeout(
     result = connect(server, attempts=1, timeout=0.3).update_user(USER)
     assert 0.3 <= time.monotonic() - began < 3
     assert result == no_answer(TOO_SLOW, attempts=1)
+
+
+def test_every_call_has_the_whole_timeout_for_itself(standin: StandIn, connect: Connect) -> None:
+    standin.configure(latency=0.3)
+    client = connect(standin, attempts=1, timeout=0.5)
+    assert [client.update_user(USER) for _ in range(3)] == [CallResult(USERS_UPDATE, True, 200, "Success")] * 3
+    assert standin.counters()["connections"] == 1
 
 
 @pytest.mark.parametrize("action", ["reset_before", "reset_after", "cut", "raw"])
