@@ -951,10 +951,11 @@ def test_the_key_that_iterable_echoes_with_all_headers_is_redacted(standin: Stan
     assert KEY not in repr(result)
 
 
-@pytest.mark.parametrize("word", ["success", "ForgottenUserError", "RequestFieldsTypesMismatched", "code"])
+@pytest.mark.parametrize("word", ["success", "tracking", "ForgottenUserError", "RequestFieldsTypesMismatched"])
 def test_a_secret_that_is_a_word_of_the_api_changes_no_outcome(word: str) -> None:
     redact = Redactor([word])
     assert interpret(USERS_UPDATE, 200, SUCCESS, redact).ok
+    assert not interpret(EVENTS_TRACK, 200, answer("Success", "x is disallowed from tracking."), redact).ok
     assert interpret(USERS_UPDATE, 409, answer("ForgottenUserError"), redact).forgotten
     assert not interpret(USERS_UPDATE, 500, mismatch("x"), redact).retryable
 

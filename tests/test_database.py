@@ -31,7 +31,7 @@ Starting Iterable Integration - Phase 3
 [STEP 1] Loading environment variables...
 [STEP 2] Connecting to database...
 """
-THE_THREE = ["sarah.johnson@email.com", "olivia.brown@email.com", "mia.harris@email.com"]
+THE_THREE = ["mia.harris@email.com", "olivia.brown@email.com", "sarah.johnson@email.com"]
 
 
 @pytest.fixture(params=KINDS)
@@ -131,16 +131,14 @@ def test_the_connection_is_closed_before_the_first_call(
 def test_a_servers_own_zone_modes_and_character_set_make_no_difference(
     own: DatabaseServer, program: Program, standin: StandIn
 ) -> None:
-    modes = "ONLY_FULL_GROUP_BY,ANSI,TRADITIONAL,NO_BACKSLASH_ESCAPES,PAD_CHAR_TO_FULL_LENGTH"
-    if own.kind == "mysql":
-        modes = modes.replace(",PAD_CHAR_TO_FULL_LENGTH", "")
-    others = {"time_zone": "'-11:00'", "sql_mode": f"'{modes}'", "character_set_server": "latin1"}
+    modes = "'ONLY_FULL_GROUP_BY,ANSI,TRADITIONAL,NO_BACKSLASH_ESCAPES'"
+    others = {"time_zone": "'-11:00'", "sql_mode": modes, "character_set_server": "latin1"}
     for name, value in others.items():
         own.query(f"SET GLOBAL {name} = {value}")
     ended = program(database=own.create_reader())
     for name in others:
         own.query(f"SET GLOBAL {name} = DEFAULT")
-    assert (ended.exit_code, list(standin.state()["users"])) == (0, THE_THREE)
+    assert (ended.exit_code, sorted(standin.state()["users"])) == (0, THE_THREE)
     timestamp = standin.state()["events"]["page-view-37"]["dataFields"]["timestamp"]
     assert timestamp.endswith(" 14:30:45")
 
