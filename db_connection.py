@@ -6,6 +6,7 @@ import logging
 import re
 import socket
 import ssl
+import struct
 import threading
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ _CURES = {  # by the number that server or client give the error
     3024: f"The database was silent for {QUERY_TIMEOUT} s: look for locks, and for a missing index",
 }
 
-_ERRORS = (mysql.connector.Error, OSError, UnicodeError)  # the last for a host name that cannot be one
+# Those after the connector's own: for a host name that cannot be one, and for a server that speaks no MySQL.
+_ERRORS = (mysql.connector.Error, OSError, ValueError, IndexError, struct.error)
 
 log = logging.getLogger(__name__)
 

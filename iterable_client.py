@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import io
 import itertools
@@ -61,6 +62,8 @@ _ADVICE: dict[str | int | None, str] = {
 }
 
 _FILE_ONLY = {"file_only": True}  # what happens inside a call is for the log, not for the console
+
+_CODES = {"Success", "ForgottenUserError", "RequestFieldsTypesMismatched", *filter(None, map(str, _ADVICE))}
 
 log = logging.getLogger(__name__)
 
@@ -346,15 +349,16 @@ def interpret(endpoint: str, status: int, text: str, redact: Callable[[str], str
     except (ValueError, RecursionError):
         answer = None
     answer = answer if isinstance(answer, dict) else {}
-    code, message = (redact(answer[key]) if isinstance(answer.get(key), str) else "" for key in ("code", "msg"))
-    if 200 <= status < 300 and code == "Success" and "is disallowed from tracking" not in message:
-        return CallResult(endpoint, True, status, code, message[:_LONGEST_TEXT])
-    reason, retryable = _reason(status, code, message), status in _TRY_AGAIN
+    code, message = (answer[key] if isinstance(answer.get(key), str) else "" for key in ("code", "msg"))
+    ok = 200 <= status < 300 and code == "Success" and "is disallowed from tracking" not in message
+    reason, retryable = "" if ok else _reason(status, code, message), status in _TRY_AGAIN
     if code == "RequestFieldsTypesMismatched":
-        message = redact(f"{message}: {_mismatches(answer, values=True)}")
-        reason, retryable = redact(_mismatches(answer, values=False)), False
-    message, reason, body = (one[:_LONGEST_TEXT] for one in (message, reason, " ".join(redact(text).split())))
-    return CallResult(endpoint, False, status, code or None, message, reason, body, retryable=retryable)
+        message = f"{message}: {_mismatches(answer, values=True)}"
+        reason, retryable = _mismatches(answer, values=False), False
+    code = code if code in _CODES else redact(code)  # a password may be a word of the API's
+    texts = (redact(message), redact(reason), "" if ok else " ".join(redact(text).split()))
+    message, reason, body = (one[:_LONGEST_TEXT] for one in texts)
+    return CallResult(endpoint, ok, status, code or None, message, reason, body, retryable=retryable)
 
 
 def _without_user(result: CallResult, payload: Mapping[str, Any]) -> CallResult:
@@ -404,6 +408,8 @@ def _describe(error: Exception) -> tuple[bool, str]:
         return True, f"no encrypted connection ({getattr(cause, 'reason', error)}): {_CHECK_URL}"
     if isinstance(error, NameResolutionError | LocationParseError):
         return True, f"the host name is unknown (DNS): {_CHECK_URL}"
+    if isinstance(error, NewConnectionError) and getattr(error.__cause__, "errno", None) == errno.EMFILE:
+        return True, "too many open connections: lower MAX_WORKERS, or raise the limit of open files (ulimit -n)"
     if isinstance(error, NewConnectionError):
         return True, f"no connection ({getattr(error.__cause__, 'strerror', None) or 'refused'}): {_CHECK_URL}"
     if isinstance(error, TimeoutError):
@@ -439,14 +445,16 @@ def _connect(base_url: str, workers: int) -> tuple[HTTPAdapter, Any, dict[str, s
         context.load_verify_locations(**{"capath" if os.path.isdir(authorities) else "cafile": authorities})
     except OSError as error:
         raise OSError(f"The CA file {authorities} (REQUESTS_CA_BUNDLE) cannot be read: {error}") from error
-    adapter, proxies = _Adapter(context, workers), environment["proxies"]
+    # Plain http is allowed to this machine only, and would hand the key to a proxy.
+    adapter, proxies = _Adapter(context, workers), environment["proxies"] if base_url.startswith("https:") else {}
     calls = {
         name: requests.Request("POST", f"{base_url}/api/{name}").prepare() for name in (USERS_UPDATE, EVENTS_TRACK)
     }
     try:
         pool: Any = adapter.get_connection_with_tls_context(calls[USERS_UPDATE], verify=True, proxies=proxies)
     except (OSError, ValueError, HTTPError) as error:
-        raise OSError(f"The proxy of the environment (HTTPS_PROXY) is of no use: {error}") from error
+        advice = "a / or @ in its password is written %2F or %40"
+        raise OSError(f"The address of the proxy in HTTPS_PROXY is of no use: {advice}") from error
     answer = {"response_class": staticmethod(lambda sock, **more: http.client.HTTPResponse(_Deadline(sock), **more))}  # type: ignore[arg-type]
     pool.ConnectionCls = type("Connection", (pool.ConnectionCls,), answer)
     return adapter, pool, {name: adapter.request_url(call, proxies) for name, call in calls.items()}

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 def _forms(secret: str) -> set[str]:
     """A secret as it is, and as JSON, Python, an address, HTML and this log write it."""
     in_json = (json.dumps(secret, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False))
-    octets = secret.encode("utf-8", "surrogateescape")
+    octets = secret.encode("utf-8", "surrogatepass")
     in_address = (quote(octets, safe=""), quote(octets), quote_plus(octets))
     return {secret, *in_json, *in_address, repr(secret)[1:-1], html.escape(secret), secret.translate(_CONTROLS)}
 
@@ -108,7 +108,7 @@ class _Formatter(logging.Formatter):
         return text if self._marks else _MARKS.sub("", text)
 
 
-class _Console(logging.StreamHandler[Any]):
+class _Console(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 has no StreamHandler[...]
     """A console that may lack characters, or go away (`| head`, a closed terminal): the run goes on without."""
 
     def shows(self, characters: str) -> bool:

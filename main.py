@@ -112,7 +112,7 @@ def readable_file(text: str) -> str:
 
 
 def base_url(text: str) -> str:
-    text = text.rstrip("/").removesuffix("/api").rstrip("/")
+    text = text.lower().rstrip("/").removesuffix("/api").rstrip("/")
     parts = re.fullmatch(r"(https?)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?", text)
     if not parts or int((parts[3] or ":443")[1:]) > 65535:
         raise ValueError("must be a host's address such as https://api.iterable.com, without path, query or user")
@@ -219,9 +219,9 @@ def event_payload(record: Record) -> dict[str, Any]:
     if not isinstance(record.event_time, datetime):
         raise UnusableRow("event_time is not a date with a time: correct the column in page_views")
     at = record.event_time.replace(microsecond=0, tzinfo=timezone.utc)
-    event_id = f"page-view-{text_of(record.view_id)}"
+    event_id = f"page-view-{text_of(record.view_id) or '?'}"
     if not re.fullmatch(r"[A-Za-z0-9-]{1,512}", event_id):
-        raise UnusableRow("the view's id has a character that an event id in Iterable may not have")
+        raise UnusableRow("the view has no id, or one with a character that an event id in Iterable may not have")
     return {
         "email": address(record),
         "eventName": "page_view",
@@ -258,7 +258,9 @@ def text_of(value: Any) -> str | None:
         return value
     if isinstance(value, Decimal):
         return f"{value:f}"
-    if isinstance(value, int | float | date):
+    if isinstance(value, set):
+        return ",".join(sorted(value))
+    if isinstance(value, int | float | date | timedelta):
         return str(value)
     raise UnusableRow(f"a column holds a {type(value).__name__}, which has no text")
 
@@ -307,7 +309,7 @@ class Delivery:
 
 def prepare(number: int, record: Record, settings: Settings) -> Delivery:
     """Its fingerprint is a SHA-256 of both payloads and of the project that they go to (contract 7)."""
-    delivery = Delivery(number, record.user_id, record.email)
+    delivery = Delivery(number, shown(record.user_id), shown(record.email))
     try:
         user, event = delivery.payloads = user_payload(record), event_payload(record)
     except UnusableRow as problem:
@@ -317,6 +319,10 @@ def prepare(number: int, record: Record, settings: Settings) -> Delivery:
     delivery.email, delivery.event_id = user["email"], event["id"]
     delivery.fingerprint = hashlib.sha256(told.encode()).hexdigest()
     return delivery
+
+
+def shown(value: Any) -> Any:
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes | bytearray) else value
 
 
 def to_json(value: Any) -> str:
@@ -387,7 +393,10 @@ def read_memory(folder: Path, stop: threading.Event) -> dict[bytes, bytes]:
     users are sent again, which is harmless.
     """
     memory: dict[bytes, bytes] = {}
-    files = [(path.stat().st_mtime, path) for path in folder.glob(f"{RESULTS}*.json*") if path.is_file()]
+    files = []
+    for file in folder.glob(f"{RESULTS}*.json*"):
+        with contextlib.suppress(OSError):  # gone by now
+            files += [(file.stat().st_mtime, file)] if file.is_file() else []
     for changed, path in sorted(files):
         if changed >= time.time() - MEMORY.total_seconds() and not stop.is_set():
             try:
@@ -441,7 +450,8 @@ def listen_for_signals() -> Stop:
     def listen() -> None:
         stop.signum = signal.sigwait(signals)
         stop.set()
-        log.warning("%s: no new user starts, those already started are finished", signal.Signals(stop.signum).name)
+        said = f"{signal.Signals(stop.signum).name}: no new user starts, those already started are finished"
+        threading.Thread(target=log.warning, args=(said,), daemon=True).start()  # a console may block it
         os._exit(128 + signal.sigwait(signals))
 
     threading.Thread(target=listen, daemon=True).start()
@@ -459,10 +469,11 @@ def in_background(stop: Stop, work: Callable[[], T]) -> T:
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    while not stop.is_set():
-        if wait([future], timeout=0.1).done:
-            return future.result()
-    raise Interrupted
+    while not (wait([future], timeout=0.1).done or stop.is_set()):
+        pass
+    if stop.is_set():
+        raise Interrupted
+    return future.result()
 
 
 @contextlib.contextmanager
@@ -510,17 +521,20 @@ def deliver(deliveries: Iterator[Delivery], client: IterableClient, workers: int
     A user is given to the pool only while few others wait for their first turn at the rate limit. So the pool grows to
     as many threads as are busy at that rate, which is rate times latency, and nothing piles up behind the limit.
     """
-    events: queue.SimpleQueue[Future[Delivery] | None] = queue.SimpleQueue()
+    events: queue.SimpleQueue[Delivery | BaseException | None] = queue.SimpleQueue()
     in_flight = waiting = 0
     more = True
 
-    def send(delivery: Delivery) -> Delivery:
-        user, event = delivery.payloads
-        delivery.users_update = client.update_user(user, started=lambda: events.put(None))
-        if delivery.users_update and not delivery.users_update.forgotten:
-            delivery.events_track = client.track_event(event)
-        delivery.payloads = ()  # what waits for its turn to be reported is small
-        return delivery
+    def send(delivery: Delivery) -> None:
+        try:
+            user, event = delivery.payloads
+            delivery.users_update = client.update_user(user, started=lambda: events.put(None))
+            if delivery.users_update and not delivery.users_update.forgotten:
+                delivery.events_track = client.track_event(event)
+            delivery.payloads = ()  # what waits for its turn to be reported is small
+            events.put(delivery)
+        except BaseException as error:  # noqa: BLE001 - raised again in the main thread
+            events.put(error)
 
     with ThreadPoolExecutor(workers) as pool:
         while more or in_flight:
@@ -531,18 +545,25 @@ def deliver(deliveries: Iterator[Delivery], client: IterableClient, workers: int
                 elif delivery.problem or client.stopped:
                     yield delivery
                 else:
-                    pool.submit(send, delivery).add_done_callback(events.put)
+                    try:
+                        pool.submit(send, delivery)
+                    except RuntimeError as error:  # no further thread, but the delivery is queued for those there are
+                        if not in_flight:
+                            raise SettingsError("No thread can be started: raise the limit of processes") from error
                     in_flight, waiting = in_flight + 1, waiting + 1
             if in_flight:
                 try:
                     finished = events.get(timeout=PROGRESS_SECONDS / 4)
                 except queue.Empty:
                     yield None
+                    continue
+                if isinstance(finished, BaseException):
+                    raise finished
+                if finished is None:
+                    waiting -= 1
                 else:
-                    waiting -= finished is None
-                    if finished is not None:
-                        in_flight -= 1
-                        yield finished.result()
+                    in_flight -= 1
+                    yield finished
 
 
 class Report:
@@ -710,7 +731,7 @@ def describe_run(settings: Settings, options: argparse.Namespace, started: datet
 
 def redactor(settings: Settings) -> Redactor:
     """For the settings' secrets and the passwords in proxy addresses."""
-    proxies = re.findall(r"//[^/@]*:([^/@]+)@", " ".join(getproxies().values()))
+    proxies = re.findall(r"//(?:[^:\s]*:)?(\S+)@", " ".join(getproxies().values()))
     return Redactor([settings.iterable_api_key, settings.db_password, *proxies, *map(unquote, proxies)])
 
 
@@ -738,10 +759,12 @@ def changed(
 ) -> Iterator[Delivery]:
     """A delivery for each row, with --changed-only for each that was not yet delivered as it is. Uses up the rows."""
     memory = read_memory(settings.results_dir, stop) if options.changed_only else {}
+    if options.changed_only and not settings.iterable_api_key:
+        log.warning("Without ITERABLE_API_KEY nobody counts as told: what was told is remembered for each key")
     for count in range(1, len(rows) + 1):
         row = rows.popleft()
         if stop.is_set():
-            yield Delivery(count, row["user_id"], row["email"])
+            yield Delivery(count, shown(row["user_id"]), shown(row["email"]))
             continue
         delivery = prepare(count, Record(**row), settings)
         known = memory.get(to_json(delivery.user_id).encode())
@@ -773,7 +796,7 @@ def process(
         report.add(delivery)
         if refused := [call.reason for call in delivery.calls if call.key_refused]:
             report.end("aborted", GIVEN_UP, f"The run is given up: {refused[0]}")
-        elif delivery.calls and report.unusable_in_a_row >= UNUSABLE_IN_A_ROW:
+        elif report.unusable_in_a_row >= UNUSABLE_IN_A_ROW and not stop.is_set():
             client.halt()
             why = f"{UNUSABLE_IN_A_ROW} users in a row got no usable answer"
             report.end("aborted", GIVEN_UP, f"The run is given up: {why}: {delivery.calls[-1].reason}")
@@ -850,14 +873,6 @@ def rehearse(deliveries: Iterator[Delivery], settings: Settings) -> Iterator[Del
 
 def check(settings: Settings, log_problem: OSError | None, stop: Stop) -> int:
     """The deployment checklist: a line an item, and the exit code of the first that fails. Sends no user data."""
-    codes: list[int] = []
-
-    def item(what: str, test: Callable[[], str | None]) -> None:
-        try:
-            log.info("✓ %s%s", what, test() or "")
-        except (SettingsError, OSError, DatabaseError, IterableFailed) as error:
-            codes.append({DatabaseError: DATABASE_FAILED, IterableFailed: GIVEN_UP}.get(type(error), BAD_SETTINGS))
-            log.error("✗ %s: %s", what, error)
 
     def log_file() -> None:
         if log_problem:
@@ -872,32 +887,37 @@ def check(settings: Settings, log_problem: OSError | None, stop: Stop) -> int:
             return f": {connection.server}"
 
     def tables() -> None:
+        query = read_query(QUERIES, "query_2")  # no EXPLAIN, which an account that may read views only must not use
         with connect(settings, stop) as connection:
-            connection.execute_query(f"EXPLAIN {read_query(QUERIES, 'query_2')}")
+            connection.execute_query(f"SELECT * FROM ({query}) AS query_2 WHERE FALSE")  # noqa: S608 - our own file
 
-    @functools.cache
-    def answer() -> CallResult:
-        with make_client(settings, stop) as client:
-            result = client.update_user({})
-            if result is None:
-                raise Interrupted
-            return result
+    with contextlib.ExitStack() as until_the_end:
+        client = functools.cache(lambda: until_the_end.enter_context(make_client(settings, stop)).update_user({}))
 
-    def iterable() -> None:
-        if not answer().usable:
-            raise IterableFailed(answer().reason)
+        def answer(fits: Callable[[CallResult], bool]) -> None:
+            result = client()
+            if result is None or not fits(result):
+                raise IterableFailed(result.reason if result else "stopped")
 
-    def key() -> None:
-        if answer().status != 400:
-            raise IterableFailed(answer().reason or "an unexpected answer")
+        return check_each(
+            ("Settings are complete", lambda: None),
+            ("Log file can be written", log_file),
+            ("Results folder can be written", results_folder),
+            ("Database can be reached and is new enough", database),
+            ("Tables and columns of the query are there", tables),
+            (f"Iterable can be reached at {settings.iterable_api_base_url}", lambda: answer(lambda got: got.usable)),
+            ("API key is accepted", lambda: answer(lambda got: got.usable and got.status == 400)),
+        )
 
-    item("Settings are complete", lambda: None)
-    item("Log file can be written", log_file)
-    item("Results folder can be written", results_folder)
-    item("Database can be reached and is new enough", database)
-    item("Tables and columns of the query are there", tables)
-    item(f"Iterable can be reached at {settings.iterable_api_base_url}", iterable)
-    item("API key is accepted", key)
+
+def check_each(*items: tuple[str, Callable[[], str | None]]) -> int:
+    codes = []
+    for what, test in items:
+        try:
+            log.info("✓ %s%s", what, test() or "")
+        except (SettingsError, OSError, DatabaseError, IterableFailed) as error:
+            codes.append({DatabaseError: DATABASE_FAILED, IterableFailed: GIVEN_UP}.get(type(error), BAD_SETTINGS))
+            log.error("✗ %s: %s", what, error)
     return codes[0] if codes else SUCCESS
 
 
@@ -929,7 +949,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = load_environment_variables(HERE / options.env_file, needs_key=not options.dry_run)
     except SettingsError as error:
         setup_logger(log_file=error.log_file, quiet=options.quiet)
-        log.error("%s", error)
+        log.error("%s%s", "✗ " if options.check else "", error)
         return BAD_SETTINGS
     log_problem = setup_logger(settings.log_level, settings.log_file, quiet=options.quiet, redact=redactor(settings))
     try:

@@ -238,8 +238,9 @@ def fill(server: DatabaseServer, customers: int, views: int, *, all_qualify: boo
     finds every customer, for days to come; that takes at least as many views as customers. 2 million views take 20 s,
     with the options LARGE[server.kind] for the server.
     """
-    for statement in (
-        # Rows first and keys afterwards is several times as fast.
+    statements = (
+        # Rows first and keys afterwards, unchecked, is several times as fast.
+        "SET foreign_key_checks = 0",
         "ALTER TABLE page_views DROP FOREIGN KEY page_views_customer, DROP KEY page_views_user_id",
         DROP_INDEX,
         "TRUNCATE page_views",
@@ -249,9 +250,11 @@ def fill(server: DatabaseServer, customers: int, views: int, *, all_qualify: boo
         "ALTER TABLE page_views ADD KEY page_views_user_id (user_id), ADD CONSTRAINT page_views_customer"
         " FOREIGN KEY (user_id) REFERENCES customers (id) ON DELETE CASCADE",
         ADD_INDEX,
-        "ANALYZE TABLE customers, page_views",
-    ):
-        server.query(statement)
+    )
+    with server.connect(DATABASE) as connection, connection.cursor() as cursor:
+        for statement in statements:
+            cursor.execute(statement)
+    server.query("ANALYZE TABLE customers, page_views")
 
 
 def _rows(table: str, count: int, columns: str) -> Iterator[str]:

@@ -9,6 +9,7 @@ import html
 import itertools
 import json
 import os
+import resource
 import select
 import socket
 import socketserver
@@ -859,11 +860,12 @@ def test_after_a_stop_a_started_user_gets_the_second_call_and_no_other_gets_any(
     result = client.track_event(EVENT)
     assert result is not None
     assert (result.ok, result.attempts) == (True, 1)
-    standin.fault(status=503)
-    result = client.track_event(EVENT)
-    assert result is not None
-    assert (result.status, result.attempts) == (503, 1)
-    assert standin.counters()["calls"] == {EVENTS_TRACK: 3}
+    for status in (503, 429):
+        standin.fault(status=status, times=1)
+        result = client.track_event(EVENT)
+        assert result is not None
+        assert (result.status, result.attempts) == (status, 1)
+    assert standin.counters()["calls"] == {EVENTS_TRACK: 4}
 
 
 def test_after_halt_nothing_is_sent(standin: StandIn, connect: Connect, threads: ThreadPoolExecutor) -> None:
@@ -1031,6 +1033,20 @@ def test_a_refused_connection_is_tried_again_and_told(connect: Connect) -> None:
         taken.bind(("127.0.0.1", 0))
         result = connect(f"http://127.0.0.1:{taken.getsockname()[1]}").update_user(USER)
     assert result == no_answer(f"no connection (Connection refused): {CHECK_URL}", attempts=3)
+
+
+def test_a_limit_on_open_files_is_told(standin: StandIn, connect: Connect) -> None:
+    client = connect(standin)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)  # that is free
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        result = client.update_user(USER)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    words = "too many open connections: lower MAX_WORKERS, or raise the limit of open files (ulimit -n)"
+    assert result == no_answer(words, attempts=3)
 
 
 @pytest.mark.parametrize("host", ["api.iterable.invalid", "api..iterable.com", f"{'a' * 64}.com"])
@@ -1227,11 +1243,14 @@ def test_no_proxy_spares_a_host(
     assert proxy.heads == []
 
 
-def test_a_plain_proxy_gets_the_whole_address(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Proxy(f"HTTP/1.1 200 OK\r\nContent-Length: {len(SUCCESS)}\r\nConnection: close\r\n\r\n{SUCCESS}") as proxy:
-        monkeypatch.setenv("http_proxy", f"http://{proxy.address}")
-        assert connect("http://127.0.0.1:9").update_user(USER).ok
-    assert [head[0] for head in proxy.heads] == ["POST http://127.0.0.1:9/api/users/update HTTP/1.1"]
+@pytest.mark.parametrize("variable", ["http_proxy", "ALL_PROXY"])
+def test_plain_http_goes_by_no_proxy_which_would_read_the_key(
+    standin: StandIn, connect: Connect, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    with Proxy() as proxy:
+        monkeypatch.setenv(variable, f"http://{proxy.address}")
+        assert connect(standin).update_user(USER).ok
+    assert proxy.heads == []
 
 
 @pytest.mark.parametrize("broken", ["refuses", "is away", "is silent"])

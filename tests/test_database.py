@@ -298,6 +298,13 @@ def test_a_database_that_is_not_as_it_should_be_is_told_in_one_line(
     assert standin.counters()["connections"] == 0
 
 
+def test_a_quiet_run_shows_that_line_and_where_the_results_are(server: DatabaseServer, program: Program) -> None:
+    ended = program("--quiet", database=wrong_password(server))
+    why, results, seconds = ended.console.splitlines()
+    assert why.startswith("The database refused the login: check DB_USER and DB_PASSWORD (1045")
+    assert (results[:9], seconds[:6], ended.exit_code) == ("Results: ", "Time: ", 3)
+
+
 @pytest.mark.parametrize(
     ("version", "words"),
     [("5.7.40-log", "MySQL 5.7.40-log"), ("10.1.48-MariaDB", "MariaDB 10.1.48-MariaDB")],

@@ -252,7 +252,7 @@ def test_a_fault_that_passes_costs_a_second_try_and_nobody(
     program: Program, two: dict[str, str], standin: StandIn, case: Passing
 ) -> None:
     standin.fault(endpoint=EVENTS_TRACK, email=FIRST, times=1, **case.fault)
-    ended = program(database=two, ITERABLE_MAX_ATTEMPTS="2", ITERABLE_TIMEOUT="1")
+    ended = program(database=two, ITERABLE_MAX_ATTEMPTS="2", ITERABLE_TIMEOUT="2")
     assert (ended.exit_code, ended.errors) == (0, "")
     assert told(ended) == {"outcome": "completed", "total_users": 2, "success": 2, "calls": 5, "retries": 1}
     state = standin.state()

@@ -509,6 +509,23 @@ def test_an_env_file_that_is_not_there_is_a_settings_error(
     assert ended.console.startswith("Settings: /nowhere/x.env cannot be read (No such file or directory). Set them in")
 
 
+@pytest.mark.parametrize(
+    ("name", "path", "reason"),
+    [
+        ("LOG_FILE", "{folder}", "[Errno 21] Is a directory: '{folder}'"),
+        ("RESULTS_DIR", "{folder}/empty.env/results", "[Errno 20] Not a directory: '{folder}/empty.env/results'"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_a_settings_error_and_nothing_is_sent(
+    program: Program, customers: Customers, folder: Path, standin: StandIn, name: str, path: str, reason: str
+) -> None:
+    ended = program(database=customers(1), **{name: path.format(folder=folder)})
+    complaint = f"{name} cannot be written: {reason.format(folder=folder)}\n"
+    assert (ended.exit_code, ended.errors) == (2, "")
+    assert ended.console == "".join(STEPS.splitlines(keepends=True)[:2]) + complaint
+    assert standin.counters()["connections"] == 0
+
+
 def test_cron_may_start_it_with_nothing_in_the_environment_from_another_folder(
     settings: Settings, customers: Customers, copy: Path, standin: StandIn, tmp_path: Path
 ) -> None:
@@ -523,6 +540,20 @@ def test_cron_may_start_it_with_nothing_in_the_environment_from_another_folder(
     assert "Successfully processed user: user2@example.com" in (copy / "logs" / "run.log").read_text("utf-8")
     assert list(elsewhere.iterdir()) == []
     assert sorted(standin.state()["users"]) == ["user1@example.com", "user2@example.com"]
+
+
+def test_a_query_that_returns_other_columns_is_refused_before_anything_is_sent(
+    settings: Settings, customers: Customers, copy: Path, standin: StandIn
+) -> None:
+    query = copy / "phase2_queries.sql"
+    query.write_text(query.read_text("utf-8").replace("    recent_views.browser,\n", ""), "utf-8")
+    (copy / ".env").write_text("".join(f'{name}="{value}"\n' for name, value in settings(customers(1)).items()))
+    done = run_copy("main.py", cwd=copy)
+    columns = ["email", "event_time", "first_name", "location", "page", "plan_type", "user_id", "view_id"]
+    every = ", ".join(sorted([*columns, "browser"]))
+    assert done.returncode == 3
+    assert f"\nQuery 2 must return {every}, not {', '.join(columns)}\nResults: " in done.stdout
+    assert standin.counters()["connections"] == 0
 
 
 # Endings
