@@ -39,7 +39,7 @@ USER = {"email": "ann@example.com", "dataFields": {"first_name": "Zoë 😀", "r
 EVENT = {"email": "ann@example.com", "eventName": "page_view", "id": "page-view-1", "createdAt": 1_768_314_645}
 SUCCESS = '{"msg":"","code":"Success","params":null}'
 AGAIN = (408, 429, 500, 502, 503, 504)
-LONG = 100.0  # seconds that a test never takes: a wait that was not cut is seen by it
+LONG = 40.0  # seconds that a test never takes: a wait that was not cut is seen by it
 PROMPT = 10.0  # seconds within which a call comes back whose wait was cut, on however busy a machine
 
 CHECK_URL = "check ITERABLE_API_BASE_URL and the network"

@@ -82,7 +82,7 @@ EVENT = {
 }
 NO_ADDRESS = "no usable e-mail address: correct it in the customers table"
 NO_TIME = "event_time is not a date with a time: correct the column in page_views"
-NO_ID = "the view's id has a character that an event id in Iterable may not have"
+NO_ID = "the view has no id, or one with a character that an event id in Iterable may not have"
 NO_TEXT = "a column holds bytes that are not text"
 
 # Payloads
@@ -155,6 +155,10 @@ def test_a_time_is_utc_wherever_the_program_runs(
         (date(2026, 1, 13), "2026-01-13"),
         (AT, "2026-01-13 14:30:45"),
         ("Zoë 😀".encode(), "Zoë 😀"),
+        ({"b", "a"}, "a,b"),
+        (timedelta(hours=1), "01:00:00"),
+        (timedelta(hours=100, minutes=2, seconds=3), "100:02:03"),
+        (-timedelta(hours=838, minutes=59, seconds=59), "-838:59:59"),
     ],
 )
 def test_a_column_of_another_type_is_sent_as_the_text_that_the_server_shows(value: Any, text: str) -> None:
@@ -182,8 +186,9 @@ UNUSABLE = [
     ({"view_id": "x" * 503}, NO_ID),
     ({"first_name": b"\xff"}, NO_TEXT),
     ({"page": b"\xc3"}, NO_TEXT),
-    ({"browser": timedelta(hours=1)}, "a column holds a timedelta, which has no text"),
-    ({"location": {"a", "b"}}, "a column holds a set, which has no text"),
+    ({"view_id": None}, NO_ID),
+    ({"view_id": ""}, NO_ID),
+    ({"location": [1]}, "a column holds a list, which has no text"),
 ]
 
 
@@ -253,7 +258,7 @@ def test_any_row_becomes_json_equal_to_what_it_says_or_is_unusable(row: Record) 
     except UnicodeDecodeError:
         usable = False
     event_id = f"page-view-{row.view_id}"
-    id_fits = event_id.isascii() and event_id.replace("-", "").isalnum() and len(event_id) <= 512
+    id_fits = event_id.isascii() and event_id.replace("-", "").isalnum() and len("page-view-") < len(event_id) <= 512
     if not (usable and "@" in email and id_fits and isinstance(row.event_time, datetime)):
         assert sent is None
         return
