@@ -5,6 +5,11 @@ One run: settings, the rows of Query 2, both calls for each user, a results file
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() listens, Ctrl-C ends the program without a traceback
+
 import argparse
 import contextlib
 import dataclasses
@@ -18,7 +23,6 @@ import logging
 import os
 import queue
 import re
-import signal
 import sys
 import tempfile
 import threading
