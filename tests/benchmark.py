@@ -20,9 +20,10 @@ from pathlib import Path
 from threading import local
 from typing import Any
 
+import requests
+
 import database
 import harness
-import requests
 from standin_handle import EVENTS_TRACK, USERS_UPDATE, StandIn
 
 LIMIT = 500
@@ -149,8 +150,8 @@ def shared(server: database.DatabaseServer) -> None:
     with StandIn(tls="good", latency=0.3, limit_users=LIMIT, others=others, journal=False) as standin:
         run = measure(server, standin)
         average = run.summary["total_users"] / run.seconds
-        print(f"Others use {others} of {LIMIT}: {average:.0f} users/s, {100 * average / (LIMIT - others):.0f} % of what "
-              f"is left; {describe(run, standin)}")  # fmt: skip
+        print(f"Others use {others} of {LIMIT}: {average:.0f} users/s, {100 * average / (LIMIT - others):.0f} % of "
+              f"what is left; {describe(run, standin)}")  # fmt: skip
 
 
 def slow(server: database.DatabaseServer) -> None:
@@ -189,7 +190,7 @@ def query() -> None:
                     rows = len(server.query(sql[1]))
                     runs.append(time.monotonic() - began)
                 times[index] = min(runs)
-        print(f"Query 2 on {kind} {server.version}, {rows} rows: {times['with']:.2f} s with the index, "
+        print(f"Query 2 on {kind} {server.version}, {rows} rows: {times['with']:.2f} s with index, "
               f"{times['without']:.2f} s without, ratio {times['without'] / times['with']:.0f}", flush=True)  # fmt: skip
 
 

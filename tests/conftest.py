@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import database
 import harness
-import pytest
 from standin_handle import StandIn
 
 COUNTER = itertools.count(1)

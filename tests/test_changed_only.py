@@ -14,9 +14,10 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import pytest
+
 import harness
 import main
-import pytest
 from database import DatabaseServer
 from standin_handle import EVENTS_TRACK, USERS_UPDATE, StandIn
 

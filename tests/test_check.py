@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import harness
 import pytest
+
+import harness
 from database import DATABASE, DatabaseServer, find_servers
 from standin_handle import USERS_UPDATE, StandIn
 

@@ -30,10 +30,10 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from standin_handle import EVENTS_TRACK, KEY, USERS_UPDATE, StandIn, Trap
 
 from iterable_client import CallResult, IterableClient, RateLimiter, RetryPolicy, interpret
 from logger_config import Redactor
+from standin_handle import EVENTS_TRACK, KEY, USERS_UPDATE, StandIn, Trap
 
 USER = {"email": "ann@example.com", "dataFields": {"first_name": "Zoë 😀", "recent_page_view": True}}
 EVENT = {"email": "ann@example.com", "eventName": "page_view", "id": "page-view-1", "createdAt": 1_768_314_645}

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import database
-import harness
 import pytest
 import trustme
-from database import DATABASE, DatabaseServer, find_servers
-from standin_handle import StandIn
 
+import database
+import harness
+from database import DATABASE, DatabaseServer, find_servers
 from db_connection import DatabaseConnection, DatabaseError, read_query
+from standin_handle import StandIn
 
 Program = Callable[..., harness.Ended]
 Started = Callable[..., harness.Running]

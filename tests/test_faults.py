@@ -17,8 +17,9 @@ from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
-import harness
 import pytest
+
+import harness
 from standin_handle import EVENTS_TRACK, USERS_UPDATE, Certificate, StandIn, Trap
 
 Program = Callable[..., harness.Ended]

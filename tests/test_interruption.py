@@ -24,8 +24,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import harness
 import pytest
+
+import harness
 from database import DatabaseServer
 from standin_handle import EVENTS_TRACK, USERS_UPDATE, StandIn, Trap
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from urllib.parse import quote, quote_plus
 
 import pytest
-from harness import BARE, ROOT
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import logger_config
+from harness import BARE, ROOT
 from logger_config import FILE_ONLY, Redactor, setup_logger
 
 SECRET = 'Pa"ss \\w%rd/ü+=&'

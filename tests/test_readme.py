@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import database
-import harness
 import pytest
 
+import database
+import harness
 import main
 
 README = (harness.ROOT / "README.md").read_text("utf-8")

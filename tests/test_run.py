@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import harness
 import pytest
+
+import harness
 from database import DatabaseServer, find_servers
 from standin_handle import EVENTS_TRACK, USERS_UPDATE, StandIn
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import dotenv
 import pytest
-from harness import BARE, ROOT
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from harness import BARE, ROOT
 from main import Settings, SettingsError, load_environment_variables
 
 KEY = "fedcba9876543210fedcba9876543210"

@@ -8,11 +8,11 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from database import DATABASE, QUERIES, SETUP, DatabaseServer, fill, find_servers
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from database import DATABASE, QUERIES, SETUP, DatabaseServer, fill, find_servers
 from db_connection import read_query
 
 QUERY_NAMES = ("query_1", "query_2", "query_3")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from standin import LastSecond, field_types
 from standin_handle import EVENTS_TRACK, KEY, USERS_UPDATE, StandIn, Trap, describe
 
