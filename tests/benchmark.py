@@ -139,8 +139,10 @@ def cpu(server: database.DatabaseServer) -> None:
         standin.reset()
         run = measure(server, standin)
     own = 1000 * run.cpu / users
-    print(f"CPU a user: {own:.2f} ms at {run.warm:.0f} users/s; bare loop in {BARE_THREADS} threads: {bare_cpu:.2f} ms "
-          f"at {bare_speed:.0f} users/s; ratio {own / bare_cpu:.2f}")  # fmt: skip
+    print(
+        f"CPU a user: {own:.2f} ms at {run.warm:.0f} users/s; bare loop in {BARE_THREADS} threads: {bare_cpu:.2f} ms "
+        f"at {bare_speed:.0f} users/s; ratio {own / bare_cpu:.2f}"
+    )
 
 
 def shared(server: database.DatabaseServer) -> None:
@@ -150,8 +152,10 @@ def shared(server: database.DatabaseServer) -> None:
     with StandIn(tls="good", latency=0.3, limit_users=LIMIT, others=others, journal=False) as standin:
         run = measure(server, standin)
         average = run.summary["total_users"] / run.seconds
-        print(f"Others use {others} of {LIMIT}: {average:.0f} users/s, {100 * average / (LIMIT - others):.0f} % of "
-              f"what is left; {describe(run, standin)}")  # fmt: skip
+        print(
+            f"Others use {others} of {LIMIT}: {average:.0f} users/s, {100 * average / (LIMIT - others):.0f} % of "
+            f"what is left; {describe(run, standin)}"
+        )
 
 
 def slow(server: database.DatabaseServer) -> None:
@@ -190,8 +194,11 @@ def query() -> None:
                     rows = len(server.query(sql[1]))
                     runs.append(time.monotonic() - began)
                 times[index] = min(runs)
-        print(f"Query 2 on {kind} {server.version}, {rows} rows: {times['with']:.2f} s with index, "
-              f"{times['without']:.2f} s without, ratio {times['without'] / times['with']:.0f}", flush=True)  # fmt: skip
+        print(
+            f"Query 2 on {kind} {server.version}, {rows} rows: {times['with']:.2f} s with index, "
+            f"{times['without']:.2f} s without, ratio {times['without'] / times['with']:.0f}",
+            flush=True,
+        )
 
 
 def main() -> None:
