@@ -264,7 +264,11 @@ def text_of(value: Any) -> str | None:
         return f"{value:f}"
     if isinstance(value, set):
         return ",".join(sorted(value))
-    if isinstance(value, int | float | date | timedelta):
+    if isinstance(value, timedelta):
+        seconds = abs(value) // timedelta(seconds=1)
+        sign = "-" if value < timedelta() else ""
+        return f"{sign}{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    if isinstance(value, int | float | date):
         return str(value)
     raise UnusableRow(f"a column holds a {type(value).__name__}, which has no text")
 
@@ -463,7 +467,7 @@ def listen_for_signals() -> Stop:
 
 
 def in_background(stop: Stop, work: Callable[[], T]) -> T:
-    """Do `work` in a thread of its own, for it may block where no stop reaches it. Raises Interrupted on a stop."""
+    """Do `work` in a thread of its own, for it may block where no stop reaches it. Raises Interrupted on a signal."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -473,9 +477,9 @@ def in_background(stop: Stop, work: Callable[[], T]) -> T:
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    while not (wait([future], timeout=0.1).done or stop.is_set()):
+    while not (wait([future], timeout=0.1).done or stop.signum):
         pass
-    if stop.is_set():
+    if stop.signum:
         raise Interrupted
     return future.result()
 

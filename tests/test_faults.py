@@ -395,20 +395,20 @@ def test_twenty_users_in_a_row_without_a_usable_answer_end_the_run(
     program: Program, customers: Customers, standin: StandIn, fault: dict[str, Any], reason: str
 ) -> None:
     standin.fault(**fault)
-    ended = program(database=customers(30), MAX_WORKERS="1", ITERABLE_MAX_ATTEMPTS="1")
+    ended = program(database=customers(100), MAX_WORKERS="1", ITERABLE_MAX_ATTEMPTS="1")
     assert (ended.exit_code, ended.errors) == (4, "")
     last = f"\nThe run is given up: 20 users in a row got no usable answer: {reason}\n\nINTEGRATION SUMMARY\n"
     assert last in ended.console
     summary, sent = told(ended), standin.counters()["calls"]
     assert {item["message"] for item in summary.pop("failure_reasons")} == {reason}
-    failures = sent[USERS_UPDATE]  # the 21st may be on its way when the 20th is known
-    assert 20 <= failures <= 21
+    failures = sent[USERS_UPDATE]
+    assert 20 <= failures < 60  # some may be on their way when the 20th is known
     assert summary == {
         "outcome": "aborted",
         "exit_code": 4,
-        "total_users": 30,
+        "total_users": 100,
         "total_failures": failures,
-        "not_attempted": 30 - failures,
+        "not_attempted": 100 - failures,
         "calls": failures + sent[EVENTS_TRACK],
     }
 
