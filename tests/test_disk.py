@@ -24,7 +24,7 @@ Started = Callable[..., harness.Running]
 Customers = Callable[..., dict[str, str]]
 Settings = Callable[..., dict[str, str]]
 
-USERS = 300
+USERS = 400
 # What follows runs on a disk of its own, whose contents are copied out in the end.
 ON_SMALL_DISK = 'mount -t tmpfs -o "$OPTIONS" none "$DISK" && { "$@"; code=$?; cp -a "$DISK/." "$OUT"; exit $code; }'
 
@@ -74,8 +74,8 @@ def many(customers: Customers) -> dict[str, str]:
 
 
 def long_answers(standin: StandIn) -> None:
-    """Let each user take more room in the results file than in the log."""
-    body = json.dumps({"msg": "x" * 480, "code": "Success", "params": None})
+    """Let each user take 4 kB in the results file, and much less in the log."""
+    body = json.dumps({"msg": "\N{GRINNING FACE}" * 480, "code": "Success", "params": None})
     for endpoint in (USERS_UPDATE, EVENTS_TRACK):
         standin.fault(endpoint=endpoint, status=200, processed=True, body=body, latency=0.02)
 
@@ -93,9 +93,9 @@ def on_record(ended: harness.Ended, log: str) -> set[str]:
     [partial] = ended.folder.glob("integration_results_*")
     assert partial.suffix == ".partial"
     known = set(re.findall(r"Successfully processed user: (\S+)", log))
-    for line in partial.read_text("utf-8").splitlines()[3:]:
+    for line in partial.read_bytes().splitlines()[3:]:
         try:
-            user = json.loads(line.rstrip(","))
+            user = json.loads(line.rstrip(b","))
         except ValueError:  # at the end, where the disk was full
             continue
         if user["status"] == "success":
@@ -120,8 +120,8 @@ def test_when_the_results_file_can_grow_no_more_the_run_stops_and_the_log_has_th
     settings: Settings, program: Program, many: dict[str, str], standin: StandIn, folder: Path
 ) -> None:
     long_answers(standin)
-    limited = 'ulimit -f 100; exec "$@"'  # of 512 bytes each
-    ended = run("sh", "-c", limited, "sh", settings=settings(many, MAX_WORKERS="4"), folder=folder)
+    limited = 'ulimit -f 2000; exec "$@"'  # of 512 bytes each
+    ended = run("sh", "-c", limited, "sh", settings=settings(many, MAX_WORKERS="10"), folder=folder)
     assert_stopped_by_disk(ended, standin, "File too large")
     assert on_record(ended, ended.log) == told(standin)
     calls = standin.counters()["calls"]
@@ -137,7 +137,7 @@ def test_when_the_disk_of_the_results_is_full_the_run_stops_and_who_was_told_is_
     on_small_disk: Callable[..., harness.Ended], many: dict[str, str], standin: StandIn, folder: Path, level: str
 ) -> None:
     long_answers(standin)
-    ended = on_small_disk("size=100k", database=many, RESULTS_DIR=str(folder / "disk"), LOG_LEVEL=level)
+    ended = on_small_disk("size=1200k", database=many, RESULTS_DIR=str(folder / "disk"), LOG_LEVEL=level)
     assert_stopped_by_disk(ended, standin, "No space left on device")
     assert on_record(ended, (folder / "run.log").read_text("utf-8")) == told(standin)
 
@@ -148,7 +148,7 @@ def test_when_the_disk_of_results_and_log_is_full_the_run_stops_and_who_was_told
     """As it is with the defaults, which put both beside main.py."""
     long_answers(standin)
     disk = {"RESULTS_DIR": str(folder / "disk"), "LOG_FILE": str(folder / "disk" / "run.log")}
-    ended = on_small_disk("size=100k", database=many, **disk)
+    ended = on_small_disk("size=1200k", database=many, **disk)
     assert_stopped_by_disk(ended, standin, "No space left on device")
     assert on_record(ended, ended.log) == told(standin)
 
@@ -232,10 +232,9 @@ def test_a_disk_that_is_full_from_the_start_is_a_settings_error_and_leaves_no_re
     on_small_disk: Callable[..., harness.Ended], three: dict[str, str], standin: StandIn, folder: Path
 ) -> None:
     """Not even an empty file: the runs of the next 8 days with --changed-only would warn of it."""
-    for size in ("4k", "8k"):  # for nothing but the lock, and for not even its text
-        ended = on_small_disk(f"size={size}", database=three, RESULTS_DIR=str(folder / "disk"))
-        assert_nothing_began(ended, standin, r"^RESULTS_DIR cannot be written: \[Errno 28\] No space left on device$")
-        assert list(ended.folder.glob("integration_results_*")) == []
+    ended = on_small_disk("size=4k", database=three, RESULTS_DIR=str(folder / "disk"))  # for the lock, no more
+    assert_nothing_began(ended, standin, r"^RESULTS_DIR cannot be written: \[Errno 28\] No space left on device$")
+    assert list(ended.folder.glob("integration_results_*")) == []
 
 
 # The log
