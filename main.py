@@ -358,7 +358,11 @@ class ResultsFile:
         self._separator = ""
         self._broken: OSError | None = None
         self._synced = time.monotonic()
-        self._write(f'{{\n"run": {to_json(run)},\n"results": [\n')
+        try:
+            self._write(f'{{\n"run": {to_json(run)},\n"results": [\n')
+        except OSError:
+            self._partial.unlink()
+            raise
 
     def add(self, delivery: Delivery) -> None:
         self._write(self._separator + delivery.as_json(), at_once=bool(delivery.calls))
@@ -580,6 +584,7 @@ class Report:
     def __init__(self) -> None:
         self.total = 0
         self.outcome, self.why, self._exit_code = "completed", "", SUCCESS
+        self.off_record = False  # the results file takes no more, so console and log have to name who was told
         self.counts: Counter[str] = Counter()
         self.reasons: Counter[tuple[str | None, int | None, str | None, str]] = Counter()
         self.calls = self.retries = self.unusable_in_a_row = 0
@@ -627,7 +632,9 @@ class Report:
             log.log(weight, "%s %s", call.headline, where, extra=FILE_ONLY if call.ok else quietly)
             if call.body:
                 log.log(weight, "Response: %s", call.body, extra=quietly)
-        if status == "success":
+        if status == "success" and self.off_record:
+            log.warning("✓ Successfully processed user: %s (perhaps not in the results file)", who)
+        elif status == "success":
             log.info("✓ Successfully processed user: %s", who, extra=quietly)
         elif status == "forgotten":
             log.info("Forgotten at the user's own request, so not told: %s", who, extra=quietly)
@@ -794,12 +801,11 @@ def process(
         try:
             results.add(delivery)
         except OSError as error:
-            report.end(
-                "aborted",
-                NOT_ALL,
-                f"{results.path} cannot be written, so the run stops: {error}. Make room, or "
-                "change RESULTS_DIR. The log has all who were told; without their lines they are told once more",
+            report.off_record = True
+            advice = (
+                "make room, or change RESULTS_DIR; whom console and log alone name is told once more by the next run"
             )
+            report.end("aborted", NOT_ALL, f"{results.path} cannot be written, so the run stops ({error}): {advice}")
             stop.set()
         report.add(delivery)
         if refused := [call.reason for call in delivery.calls if call.key_refused]:

@@ -150,7 +150,7 @@ def test_when_the_disk_of_results_and_log_is_full_the_run_stops_and_who_was_told
     disk = {"RESULTS_DIR": str(folder / "disk"), "LOG_FILE": str(folder / "disk" / "run.log")}
     ended = on_small_disk("size=1200k", database=many, **disk)
     assert_stopped_by_disk(ended, standin, "No space left on device")
-    assert on_record(ended, ended.log) == told(standin)
+    assert on_record(ended, ended.console + ended.log) == told(standin)
 
 
 def test_when_the_folder_of_the_results_is_gone_the_run_says_so_and_the_log_has_who_was_told(
