@@ -476,8 +476,8 @@ def test_any_user_is_one_line_that_is_read_again(users: dict[Any, tuple[str, str
 
 
 def joined(text: str) -> str:
-    """The text with two halves of a surrogate pair as one character, as JSON has them."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+    """The text in ASCII, with two halves of a surrogate pair as one character, as JSON has them."""
+    return ascii(text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass"))
 
 
 # The memory
