@@ -303,7 +303,7 @@ class IterableClient:
             log.info("%s: %s; next try in %.1f s", endpoint, result.reason, wait, extra=_FILE_ONLY)
             if self._stop.wait(wait):
                 break
-        return result and _without_user(result, payload)
+        return result and (result if result.ok else _without_user(result, payload))
 
     def _exchange(self, endpoint: str, body: bytes) -> tuple[CallResult, float | None]:
         """One request and its answer, with the seconds of its Retry-After."""
@@ -455,9 +455,28 @@ def _connect(base_url: str, workers: int) -> tuple[HTTPAdapter, Any, dict[str, s
     except (OSError, ValueError, HTTPError) as error:
         advice = "a / or @ in its password is written %2F or %40"
         raise OSError(f"The address of the proxy in HTTPS_PROXY is of no use: {advice}") from error
-    answer = {"response_class": staticmethod(lambda sock, **more: http.client.HTTPResponse(_Deadline(sock), **more))}  # type: ignore[arg-type]
-    pool.ConnectionCls = type("Connection", (pool.ConnectionCls,), answer)
+    pool.ConnectionCls = _connection_class(pool.ConnectionCls)
     return adapter, pool, {name: adapter.request_url(call, proxies) for name, call in calls.items()}
+
+
+def _connection_class(of_urllib3: Any) -> Any:
+    class Connection(of_urllib3):  # type: ignore[misc]
+        """Sends a request in one piece, where http.client sends head and body by themselves."""
+
+        _unsent = b""
+
+        def send(self, data: bytes) -> None:
+            if self.sock is None:
+                self.connect()
+            self._unsent += data
+
+        def response_class(self, sock: Any, **more: Any) -> http.client.HTTPResponse:
+            """The answer to what `send` was given, be it a request or a proxy's CONNECT."""
+            data, self._unsent = self._unsent, b""
+            super().send(data)
+            return http.client.HTTPResponse(_Deadline(sock), **more)  # type: ignore[arg-type]
+
+    return Connection
 
 
 class _Deadline(io.RawIOBase):

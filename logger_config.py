@@ -21,6 +21,8 @@ OLD_FILES = 5
 PRIVATE = 0o600
 FILE_ONLY = {"file_only": True}
 """The `extra` of a record that is for the log file and not for the console."""
+FILE_ONLY_MORE = {**FILE_ONLY, "more": True}
+"""The same, of a record that is written with the next one: each write costs a run of many threads a pause."""
 
 _SHORTEST_SECRET = 4
 _MARKS = re.compile("[✓✗⚠] ?")
@@ -72,6 +74,7 @@ def setup_logger(
         handlers += [_log_file(log_file, level, redact)] if log_file else []
     except OSError as error:
         problem = error
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # facts that no line shows
     logging.basicConfig(level=min(handler.level for handler in handlers), handlers=handlers, force=True)
     for package in ("urllib3", "mysql.connector"):  # what they tell is said again, in better words, by our modules
         logging.getLogger(package).setLevel(logging.ERROR)
@@ -131,6 +134,15 @@ class _PrivateLogFile(logging.handlers.RotatingFileHandler):
     """A rotating log with mode 0600. When it cannot be written, the console says so, once, and the run goes on."""
 
     _failed = False
+    _more = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._more = getattr(record, "more", False)
+        super().emit(record)
+
+    def flush(self) -> None:
+        if not self._more:
+            super().flush()
 
     def _open(self) -> Any:
         def private(name: str, flags: int) -> int:
@@ -143,7 +155,7 @@ class _PrivateLogFile(logging.handlers.RotatingFileHandler):
 
     def shouldRollover(self, record: logging.LogRecord) -> bool:
         # The original formats every record once more to know its size.
-        status = os.fstat(self.stream.fileno()) if self.stream else None
+        status = os.fstat(self.stream.fileno()) if self.stream and not self._more else None
         return bool(status and stat.S_ISREG(status.st_mode) and 0 < self.maxBytes <= status.st_size)
 
     def doRollover(self) -> None:

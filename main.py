@@ -42,7 +42,7 @@ import dotenv
 
 from db_connection import DatabaseConnection, DatabaseError, read_query
 from iterable_client import CallResult, IterableClient, RetryPolicy
-from logger_config import FILE_ONLY, PRIVATE, Redactor, setup_logger
+from logger_config import FILE_ONLY, FILE_ONLY_MORE, PRIVATE, Redactor, setup_logger
 
 HERE = Path(__file__).resolve().parent
 QUERIES = HERE / "phase2_queries.sql"
@@ -624,20 +624,22 @@ class Report:
         if status in ("not_attempted", "would_send"):
             return
         where = f"(record {delivery.number}/{self.total}, {who})"
-        quietly = FILE_ONLY if self.total > MANY and status in ("success", "forgotten") else {}
-        log.info("", extra=quietly)
+        unseen = self.total > MANY and status in ("success", "forgotten")
+        quietly, last = (FILE_ONLY_MORE, FILE_ONLY) if unseen else ({}, {})
+        if not unseen:
+            log.info("")
         log.info("Processing record %d/%d", delivery.number, self.total, extra=quietly)
         for call in delivery.calls:
             weight = logging.INFO if call.ok or call.forgotten else logging.ERROR
-            log.log(weight, "%s %s", call.headline, where, extra=FILE_ONLY if call.ok else quietly)
+            log.log(weight, "%s %s", call.headline, where, extra=FILE_ONLY_MORE if call.ok else quietly)
             if call.body:
                 log.log(weight, "Response: %s", call.body, extra=quietly)
         if status == "success" and self.off_record:
             log.warning("✓ Successfully processed user: %s (perhaps not in the results file)", who)
         elif status == "success":
-            log.info("✓ Successfully processed user: %s", who, extra=quietly)
+            log.info("✓ Successfully processed user: %s", who, extra=last)
         elif status == "forgotten":
-            log.info("Forgotten at the user's own request, so not told: %s", who, extra=quietly)
+            log.info("Forgotten at the user's own request, so not told: %s", who, extra=last)
         else:
             mark = "⚠ Partially processed" if status == "partial_failure" else "✗ Failed"
             reasons = [f"{call.endpoint}: {call.reason}" for call in delivery.calls if not call.ok]

@@ -1152,6 +1152,23 @@ def test_a_compressed_answer_is_read_and_a_bomb_does_not_go_off(standin: StandIn
 # Connections and proxies
 
 
+def test_a_request_is_sent_in_one_piece(connect: Connect) -> None:
+    pieces: list[bytes] = []
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            while piece := self.request.recv(65536):
+                pieces.append(piece)
+                if piece.endswith(b"}"):
+                    self.request.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(SUCCESS))
+                    self.request.sendall(SUCCESS.encode())
+
+    with serving(Handler) as port:
+        client = connect(f"http://127.0.0.1:{port}")
+        assert all(client.update_user(USER) for _ in range(50))
+    assert [(piece[:4], json.loads(piece.partition(b"\r\n\r\n")[2])) for piece in pieces] == [(b"POST", USER)] * 50
+
+
 def test_connections_are_reused_one_for_each_busy_thread(
     secure: StandIn, connect: Connect, threads: ThreadPoolExecutor
 ) -> None:
