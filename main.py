@@ -527,27 +527,32 @@ def read_rows(settings: Settings, stop: Stop) -> deque[dict[str, Any]]:
     return deque(rows)
 
 
+News = Delivery | BaseException | None
+"""A user who is done, what went wrong in a thread, or that a user had the first turn at the rate limit."""
+
+
+def send(delivery: Delivery, client: IterableClient, news: queue.SimpleQueue[News]) -> None:
+    """Both calls of one user, in a thread of the pool."""
+    try:
+        user, event = delivery.payloads
+        delivery.users_update = client.update_user(user, started=lambda: news.put(None))
+        if delivery.users_update and not delivery.users_update.forgotten:
+            delivery.events_track = client.track_event(event)
+        delivery.payloads = ()  # what waits for its turn to be reported is small
+        news.put(delivery)
+    except BaseException as error:  # noqa: BLE001 - raised again in the main thread
+        news.put(error)
+
+
 def deliver(deliveries: Iterator[Delivery], client: IterableClient, workers: int) -> Iterator[Delivery | None]:
     """Send everything, many users at once, and yield each user as it is done; None when none was for a while.
 
     A user is given to the pool only while few others wait for their first turn at the rate limit. So the pool grows to
     as many threads as are busy at that rate, which is rate times latency, and nothing piles up behind the limit.
     """
-    events: queue.SimpleQueue[Delivery | BaseException | None] = queue.SimpleQueue()
+    news: queue.SimpleQueue[News] = queue.SimpleQueue()
     in_flight = waiting = 0
     more = True
-
-    def send(delivery: Delivery) -> None:
-        try:
-            user, event = delivery.payloads
-            delivery.users_update = client.update_user(user, started=lambda: events.put(None))
-            if delivery.users_update and not delivery.users_update.forgotten:
-                delivery.events_track = client.track_event(event)
-            delivery.payloads = ()  # what waits for its turn to be reported is small
-            events.put(delivery)
-        except BaseException as error:  # noqa: BLE001 - raised again in the main thread
-            events.put(error)
-
     with ThreadPoolExecutor(workers) as pool:
         while more or in_flight:
             while more and (client.stopped or waiting < LOOK_AHEAD):
@@ -558,24 +563,24 @@ def deliver(deliveries: Iterator[Delivery], client: IterableClient, workers: int
                     yield delivery
                 else:
                     try:
-                        pool.submit(send, delivery)
+                        pool.submit(send, delivery, client, news)
                     except RuntimeError as error:  # no further thread, but the delivery is queued for those there are
                         if not in_flight:
                             raise SettingsError("No thread can be started: raise the limit of processes") from error
                     in_flight, waiting = in_flight + 1, waiting + 1
             if in_flight:
                 try:
-                    finished = events.get(timeout=PROGRESS_SECONDS / 4)
+                    item = news.get(timeout=PROGRESS_SECONDS / 4)
                 except queue.Empty:
                     yield None
                     continue
-                if isinstance(finished, BaseException):
-                    raise finished
-                if finished is None:
+                if isinstance(item, BaseException):
+                    raise item
+                if item is None:
                     waiting -= 1
                 else:
                     in_flight -= 1
-                    yield finished
+                    yield item
 
 
 class Report:
@@ -655,16 +660,8 @@ class Report:
         speed = (done - done_then) / (now - then)
         left = f"{(self.total - done) / speed:.0f} s left" if speed else f"no user done for {now - then:.0f} s"
         self._trail.append((now, done))
-        percent = 100 * done // self.total
-        log.info(
-            "Progress: %d/%d (%d %%), %.1f users/s, %s, failures: %d",
-            done,
-            self.total,
-            percent,
-            speed,
-            left,
-            self.failures,
-        )
+        text = "Progress: %d/%d (%d %%), %.1f users/s, %s, failures: %d"
+        log.info(text, done, self.total, 100 * done // self.total, speed, left, self.failures)
 
     def end(self, outcome: str, exit_code: int, why: str) -> None:
         """The run does not complete. The first reason counts."""
@@ -898,20 +895,17 @@ def check(settings: Settings, log_problem: OSError | None, stop: Stop) -> int:
         settings.results_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=settings.results_dir).close()
 
-    def database() -> str:
-        with connect(settings, stop) as connection:
-            return f": {connection.server}"
-
-    def tables() -> None:
-        query = read_query(QUERIES, "query_2")  # no EXPLAIN, which an account that may read views only must not use
-        with connect(settings, stop) as connection:
-            connection.execute_query(f"SELECT * FROM ({query}) AS query_2 WHERE FALSE")  # noqa: S608 - our own file
-
     with contextlib.ExitStack() as until_the_end:
-        client = functools.cache(lambda: until_the_end.enter_context(make_client(settings, stop)).update_user({}))
+        open_once = until_the_end.enter_context
+        database = functools.cache(lambda: open_once(connect(settings, stop)))
+        reply = functools.cache(lambda: open_once(make_client(settings, stop)).update_user({}))
+
+        def tables() -> None:
+            query = read_query(QUERIES, "query_2")  # no EXPLAIN: an account that may read views only must not use it
+            database().execute_query(f"SELECT * FROM ({query}) AS query_2 WHERE FALSE")  # noqa: S608 - our own file
 
         def answer(fits: Callable[[CallResult], bool]) -> None:
-            result = client()
+            result = reply()
             if result is None or not fits(result):
                 raise IterableFailed(result.reason if result else "stopped")
 
@@ -919,7 +913,7 @@ def check(settings: Settings, log_problem: OSError | None, stop: Stop) -> int:
             ("Settings are complete", lambda: None),
             ("Log file can be written", log_file),
             ("Results folder can be written", results_folder),
-            ("Database can be reached and is new enough", database),
+            ("Database can be reached and is new enough", lambda: f": {database().server}"),
             ("Tables and columns of the query are there", tables),
             (f"Iterable can be reached at {settings.iterable_api_base_url}", lambda: answer(lambda got: got.usable)),
             ("API key is accepted", lambda: answer(lambda got: got.usable and got.status == 400)),
