@@ -148,7 +148,7 @@ class RateLimiter:
     the others leave changes.
     """
 
-    _SHARE = 0.97  # the rest is for threads that wake late: what they start falls into a second that is full already
+    _SHARE = 0.97  # the rest is for calls that take longer to arrive than those after them
     _SLACK = 0.01  # seconds that a late thread may make up for
     _FALL = 0.3
     _RECOVERY = 7.0  # seconds until the refused rate is reached again
@@ -158,6 +158,7 @@ class RateLimiter:
     def __init__(self, rate: float, stop: threading.Event) -> None:
         self._full = rate * self._SHARE
         self._stop = stop
+        self._turn = threading.Lock()  # of the one thread whose turn is next: when all are late, none goes with another
         self._lock = threading.Lock()
         self._next = 0.0  # when the next call may start; all times are monotonic seconds
         self._open_at = 0.0  # nothing starts before: the end of a 429's pause
@@ -167,15 +168,13 @@ class RateLimiter:
 
     def acquire(self) -> bool:
         """Wait for a turn. False, at once, when a stop is asked for."""
-        while not self._stop.is_set():
-            with self._lock:
+        with self._turn:
+            while not self._stop.is_set():
                 now = monotonic()
-                turn = max(self._next, self._open_at, now - self._SLACK)
-                self._next = turn + 1 / self.rate(now)
-            if turn > now and self._stop.wait(turn - now):
-                return False
-            if turn >= self._open_at:  # else a 429 came meanwhile, and the turn is void
-                return True
+                if (wait := max(self._next, self._open_at) - now) <= 0:
+                    self._next = max(self._next, now - self._SLACK) + 1 / self.rate(now)
+                    return True
+                self._stop.wait(wait)
         return False
 
     def rate(self, now: float) -> float:

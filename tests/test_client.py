@@ -16,7 +16,8 @@ import socketserver
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, replace
 from datetime import datetime, timedelta, timezone
@@ -608,6 +609,14 @@ class VirtualTime:
             for future in done:
                 future.result()
 
+    def wait_for(self, awoken: threading.Event) -> None:
+        """Sleep until another thread, which then calls `wake`, is so kind."""
+        self._wake_the_next()
+        awoken.wait()
+
+    def wake(self, awoken: threading.Event) -> None:
+        heapq.heappush(self._asleep, (self.now, next(self._counter), awoken))
+
     def _go_to_bed(self, seconds: float) -> threading.Event:
         mine = threading.Event()
         heapq.heappush(self._asleep, (self.now + seconds, next(self._counter), mine))
@@ -622,7 +631,7 @@ class VirtualTime:
 class VirtualStop(threading.Event):
     """A stop that nobody asks for. Whoever waits for it wakes up a little late, as threads do."""
 
-    def __init__(self, clock: VirtualTime, late: Iterator[float] = itertools.repeat(0.0)) -> None:  # noqa: B008
+    def __init__(self, clock: VirtualTime, late: Iterator[float]) -> None:
         super().__init__()
         self._clock, self._late = clock, late
 
@@ -632,8 +641,32 @@ class VirtualStop(threading.Event):
         return self.is_set()
 
 
+class VirtualLock(contextlib.AbstractContextManager[None]):
+    """Goes to those who wait for it in the order in which they came."""
+
+    def __init__(self, clock: VirtualTime) -> None:
+        self._clock, self._held, self._waiting = clock, False, deque[threading.Event]()
+
+    def __enter__(self) -> None:
+        if self._held:
+            self._waiting.append(threading.Event())
+            self._clock.wait_for(self._waiting[-1])
+        self._held = True
+
+    def __exit__(self, *_: object) -> None:
+        self._held = bool(self._waiting)
+        if self._waiting:
+            self._clock.wake(self._waiting.popleft())
+
+
+def virtual_limiter(clock: VirtualTime, rate: float, late: Iterable[float] = (0.0,)) -> RateLimiter:
+    limiter = RateLimiter(rate, VirtualStop(clock, itertools.cycle(late)))
+    limiter._turn = VirtualLock(clock)
+    return limiter
+
+
 TIMES = st.lists(st.floats(0, 0.02) | st.floats(0, 3), min_size=1, max_size=20)
-LATE = st.lists(st.floats(0, 0.02), min_size=1, max_size=20)
+LATE = st.lists(st.floats(0, 0.02) | st.floats(0, 3), min_size=1, max_size=20)
 
 
 @hypothesis_settings(deadline=None, max_examples=60)
@@ -648,7 +681,7 @@ def test_never_more_than_rate_calls_start_in_any_second_and_none_in_a_pause(
     rate: int, threads: int, busy: list[float], late: list[float], answers: list[Any]
 ) -> None:
     clock = VirtualTime()
-    limiter = RateLimiter(rate, VirtualStop(clock, itertools.cycle(late)))
+    limiter = virtual_limiter(clock, rate, late)
     works, replies = itertools.cycle(busy), itertools.cycle(answers)
     starts: list[float] = []
     pauses: list[tuple[float, float]] = []
@@ -676,7 +709,7 @@ def test_never_more_than_rate_calls_start_in_any_second_and_none_in_a_pause(
 
 def test_calls_start_evenly_and_close_to_the_rate() -> None:
     clock, starts = VirtualTime(), []
-    limiter = RateLimiter(50, VirtualStop(clock))
+    limiter = virtual_limiter(clock, 50)
 
     def worker() -> None:
         for _ in range(100):
@@ -693,7 +726,7 @@ def test_calls_start_evenly_and_close_to_the_rate() -> None:
 def starts_a_second(refused_at: list[float], seconds: int) -> list[int]:
     """How many calls of a limiter of 100 a second start in each second, when those at such times get a 429."""
     clock = VirtualTime()
-    limiter, begin, starts = RateLimiter(100, VirtualStop(clock)), clock.now, [0] * seconds
+    limiter, begin, starts = virtual_limiter(clock, 100), clock.now, [0] * seconds
     refusals = [begin + at for at in refused_at]
 
     def worker() -> None:
@@ -727,7 +760,7 @@ def test_the_rate_falls_at_most_once_a_second() -> None:
 def pauses(refusals: list[int], latency: float = 0.3) -> list[float]:
     """The pauses of an endpoint that refuses so many calls in a row, accepts one, refuses again so many, and so on."""
     clock = VirtualTime()
-    limiter, waits = RateLimiter(1000, VirtualStop(clock)), []
+    limiter, waits = virtual_limiter(clock, 1000), []
 
     def worker() -> None:
         for in_a_row in refusals:
@@ -756,7 +789,7 @@ def test_the_pause_doubles_up_to_30_seconds_while_there_is_nothing_but_429(laten
 
 def test_refusals_of_calls_from_before_the_pause_count_as_one() -> None:
     clock = VirtualTime()
-    limiter = RateLimiter(1000, VirtualStop(clock))
+    limiter = virtual_limiter(clock, 1000)
 
     def worker() -> None:
         sent_at = clock.now

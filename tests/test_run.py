@@ -7,12 +7,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
+from time import sleep
 from typing import Any
 from urllib.parse import unquote
 
@@ -241,6 +243,21 @@ def test_records_are_reported_in_their_order_whatever_order_they_finish_in(
     assert re.findall(r"^Processing record (\d)/5$", ended.console, re.MULTILINE) == list("12345")
     finished = [line["record"] for line in ended.results["results"]]
     assert (set(finished[:3]), finished[3:]) == ({2, 4, 5}, [3, 1])
+
+
+def test_a_run_that_stood_still_starts_no_more_calls_in_any_second_than_its_limit(
+    started: Started, customers: Customers, standin: StandIn
+) -> None:
+    standin.fault(endpoint=USERS_UPDATE, status=503, skip=30, times=20)
+    run = started(database=customers(120), ITERABLE_RATE_LIMIT="50")
+    for calls in (30, 60):
+        standin.wait_for_calls(calls, USERS_UPDATE)
+        run.signal(signal.SIGSTOP)
+        sleep(0.4)
+        run.signal(signal.SIGCONT)
+    ended = run.wait()
+    assert (ended.exit_code, ended.results["summary"]["success"], ended.results["summary"]["retries"]) == (0, 120, 20)
+    assert standin.counters()["busiest_second"][USERS_UPDATE] <= 51
 
 
 def test_many_users_show_progress_and_failures_instead_of_successes(program: Program, customers: Customers) -> None:
