@@ -148,8 +148,8 @@ class RateLimiter:
     the others leave changes.
     """
 
-    _SHARE = 0.97  # the rest is for calls that take longer to arrive than those after them
-    _SLACK = 0.01  # seconds that a late thread may make up for
+    _SHARE = 0.98  # the rest is for calls that take longer to arrive than those after them
+    _SLACK = 0.005  # seconds that a late thread may make up for
     _FALL = 0.3
     _RECOVERY = 7.0  # seconds until the refused rate is reached again
     _FIRST_PAUSE = 0.25  # seconds, doubled while there is nothing but 429
@@ -166,13 +166,20 @@ class RateLimiter:
         self._fell_at = -math.inf
         self._pause = self._FIRST_PAUSE
 
+    def take(self) -> float:
+        """Take a turn: 0 when it has come, else the seconds until one may come."""
+        with self._lock:
+            now = monotonic()
+            if (wait := max(self._next, self._open_at) - now) > 0:
+                return wait
+            self._next = max(self._next, now - self._SLACK) + 1 / self.rate(now)
+            return 0.0
+
     def acquire(self) -> bool:
         """Wait for a turn. False, at once, when a stop is asked for."""
         with self._turn:
             while not self._stop.is_set():
-                now = monotonic()
-                if (wait := max(self._next, self._open_at) - now) <= 0:
-                    self._next = max(self._next, now - self._SLACK) + 1 / self.rate(now)
+                if not (wait := self.take()):
                     return True
                 self._stop.wait(wait)
         return False
@@ -253,12 +260,13 @@ class IterableClient:
         self._halted = True
         self._stop.set()
 
-    def update_user(self, payload: Mapping[str, Any], started: Callable[[], None] | None = None) -> CallResult | None:
-        """POST users/update. None when a stop came first and nothing was sent.
+    def take_turn(self) -> float:
+        """Take a turn at users/update: 0 when it has come, else the seconds until one may come."""
+        return self._limiters[USERS_UPDATE].take()
 
-        `started` is called, in this thread, when the call's turn has come.
-        """
-        return self._call(USERS_UPDATE, payload, started=started)
+    def update_user(self, payload: Mapping[str, Any], *, in_turn: bool = False) -> CallResult | None:
+        """POST users/update, without a wait when `in_turn`, after `take_turn`. None when a stop came first."""
+        return self._call(USERS_UPDATE, payload, in_turn=in_turn)
 
     def track_event(self, payload: Mapping[str, Any]) -> CallResult | None:
         """POST events/track, once even after a stop, so that a started user is whole. None after `halt`."""
@@ -269,7 +277,7 @@ class IterableClient:
         endpoint: str,
         payload: Mapping[str, Any],
         *,
-        started: Callable[[], None] | None = None,
+        in_turn: bool = False,
         although_stopping: bool = False,
     ) -> CallResult | None:
         body = json.dumps(payload, separators=(",", ":")).encode()
@@ -277,11 +285,10 @@ class IterableClient:
         result: CallResult | None = None
         tries, throttled_since = 0, None
         for attempt in itertools.count(1):
-            in_turn = limiter.acquire()
-            if self._halted or not (in_turn or (although_stopping and attempt == 1)):
+            first = attempt == 1
+            may_start = not self._stop.is_set() if in_turn and first else limiter.acquire()
+            if self._halted or not (may_start or (although_stopping and first)):
                 break
-            if started and attempt == 1:
-                started()
             sent_at = monotonic()
             log.debug("%s, attempt %d: %s", endpoint, attempt, body)
             answer, retry_after = self._exchange(endpoint, body)

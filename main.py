@@ -51,7 +51,7 @@ ITERABLE_LIMIT = 500  # users/update calls a second, for a whole project
 UNUSABLE_IN_A_ROW = 20  # users without a usable answer, after which the run is given up
 MANY = 100  # users, above which the console shows progress instead of each success
 PROGRESS_SECONDS = 2.0
-LOOK_AHEAD = 24  # users that wait for their first turn: few, so that threads start only as the latency needs them
+LONGEST_PAUSE = 0.1  # seconds after which a stop is seen
 MEMORY = timedelta(days=8)  # a view stays in the 7-day window to the end of its last day
 SHOWN_REASONS = 10
 RESULTS = "integration_results_"
@@ -527,60 +527,55 @@ def read_rows(settings: Settings, stop: Stop) -> deque[dict[str, Any]]:
     return deque(rows)
 
 
-News = Delivery | BaseException | None
-"""A user who is done, what went wrong in a thread, or that a user had the first turn at the rate limit."""
-
-
-def send(delivery: Delivery, client: IterableClient, news: queue.SimpleQueue[News]) -> None:
+def send(delivery: Delivery, client: IterableClient, done: queue.SimpleQueue[Delivery | BaseException]) -> None:
     """Both calls of one user, in a thread of the pool."""
     try:
         user, event = delivery.payloads
-        delivery.users_update = client.update_user(user, started=lambda: news.put(None))
+        delivery.users_update = client.update_user(user, in_turn=True)
         if delivery.users_update and not delivery.users_update.forgotten:
             delivery.events_track = client.track_event(event)
         delivery.payloads = ()  # what waits for its turn to be reported is small
-        news.put(delivery)
+        done.put(delivery)
     except BaseException as error:  # noqa: BLE001 - raised again in the main thread
-        news.put(error)
+        done.put(error)
 
 
 def deliver(deliveries: Iterator[Delivery], client: IterableClient, workers: int) -> Iterator[Delivery | None]:
     """Send everything, many users at once, and yield each user as it is done; None when none was for a while.
 
-    A user is given to the pool only while few others wait for their first turn at the rate limit. So the pool grows to
-    as many threads as are busy at that rate, which is rate times latency, and nothing piles up behind the limit.
+    A user is given to the pool when its turn at the rate limit has come. So the pool grows to as many threads as are
+    busy at that rate, which is rate times latency, and nothing piles up behind the limit.
     """
-    news: queue.SimpleQueue[News] = queue.SimpleQueue()
-    in_flight = waiting = 0
-    more = True
+    done: queue.SimpleQueue[Delivery | BaseException] = queue.SimpleQueue()
+    in_flight = 0
+    upcoming = next(deliveries, None)
     with ThreadPoolExecutor(workers) as pool:
-        while more or in_flight:
-            while more and (client.stopped or waiting < LOOK_AHEAD):
-                delivery = next(deliveries, None)
-                if delivery is None:
-                    more = False
-                elif delivery.problem or client.stopped:
-                    yield delivery
+        while upcoming or in_flight:
+            pause = LONGEST_PAUSE
+            while upcoming and (in_flight < workers or client.stopped):
+                if upcoming.problem or client.stopped:
+                    yield upcoming
+                elif wait := client.take_turn():
+                    pause = min(wait, pause)
+                    break
                 else:
                     try:
-                        pool.submit(send, delivery, client, news)
+                        pool.submit(send, upcoming, client, done)
                     except RuntimeError as error:  # no further thread, but the delivery is queued for those there are
                         if not in_flight:
                             raise SettingsError("No thread can be started: raise the limit of processes") from error
-                    in_flight, waiting = in_flight + 1, waiting + 1
-            if in_flight:
+                    in_flight += 1
+                upcoming = next(deliveries, None)
+            if upcoming or in_flight:
                 try:
-                    item = news.get(timeout=PROGRESS_SECONDS / 4)
+                    ended = done.get(timeout=pause)
                 except queue.Empty:
                     yield None
                     continue
-                if isinstance(item, BaseException):
-                    raise item
-                if item is None:
-                    waiting -= 1
-                else:
-                    in_flight -= 1
-                    yield item
+                if isinstance(ended, BaseException):
+                    raise ended
+                in_flight -= 1
+                yield ended
 
 
 class Report:

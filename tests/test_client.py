@@ -161,12 +161,20 @@ def test_both_calls_arrive_whole(standin: StandIn, secure: StandIn, connect: Con
     }
 
 
-def test_started_is_told_once_when_the_first_attempt_has_its_turn(standin: StandIn, connect: Connect) -> None:
-    standin.fault(status=503, times=2)
-    told: list[int] = []
-    result = connect(standin).update_user(USER, started=lambda: told.append(standin.counters()["calls"] == {}))
-    assert result == CallResult(USERS_UPDATE, True, 200, "Success", attempts=3)
-    assert told == [True]
+def test_a_call_in_turn_is_sent_at_once_and_its_retries_wait(standin: StandIn, connect: Connect) -> None:
+    standin.fault(status=503, times=1, skip=1)
+    stop = threading.Event()
+    client = connect(standin, rate=2, stop=stop)
+    assert client.take_turn() == 0
+    assert 0.4 < client.take_turn() < 0.55
+    began = time.monotonic()
+    assert client.update_user(USER, in_turn=True) == CallResult(USERS_UPDATE, True, 200, "Success")
+    assert time.monotonic() - began < 0.4
+    assert client.update_user(USER, in_turn=True) == CallResult(USERS_UPDATE, True, 200, "Success", attempts=2)
+    assert time.monotonic() - began > 0.4
+    stop.set()
+    assert client.update_user(USER, in_turn=True) is None
+    assert standin.counters()["calls"] == {USERS_UPDATE: 3}
 
 
 # What an answer means
