@@ -494,13 +494,16 @@ class _Deadline(io.RawIOBase):
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._raw = sock.makefile("rb", buffering=0)
+        self._begun = False
         self._end = monotonic() + (sock.gettimeout() or math.inf)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(max(self._end - monotonic(), 0.001))
+        if self._begun:  # for most answers, which need one read, the time-out that the socket has is right
+            self._sock.settimeout(max(self._end - monotonic(), 0.001))
+        self._begun = True
         return self._raw.readinto(buffer)
 
     def close(self) -> None:
