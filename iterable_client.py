@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import http.client
 import io
@@ -243,6 +244,7 @@ class IterableClient:
         }
         self._timeout = urllib3.Timeout(connect=min(timeout, _LONGEST_CONNECT), read=timeout)
         self._adapter, self._pool, self._urls = _connect(base_url, workers)
+        self._pool.ConnectionCls = _connection_class(self._pool.ConnectionCls, lambda: self._halted)
 
     def __enter__(self) -> IterableClient:
         return self
@@ -291,7 +293,10 @@ class IterableClient:
                 break
             sent_at = monotonic()
             log.debug("%s, attempt %d: %s", endpoint, attempt, body)
-            answer, retry_after = self._exchange(endpoint, body)
+            try:
+                answer, retry_after = self._exchange(endpoint, body)
+            except _Halted:
+                break
             result = replace(answer, attempts=attempt)
             if result.key_refused:
                 self.halt()
@@ -337,6 +342,8 @@ class IterableClient:
 def _read(response: urllib3.BaseHTTPResponse) -> str:
     """The body. That of a refusal may break off: the status says enough. Raises what urllib3 does."""
     try:
+        if response.status < 200:
+            return ""  # and close the connection, for the real answer may follow
         return response.read(_LONGEST_BODY).decode("utf-8", "replace")
     except (HTTPError, OSError):
         if response.status < 300:
@@ -362,8 +369,8 @@ def interpret(endpoint: str, status: int, text: str, redact: Callable[[str], str
         message = f"{message}: {_mismatches(answer, values=True)}"
         reason, retryable = _mismatches(answer, values=False), False
     code = code if code in _CODES else redact(code)  # a password may be a word of the API's
-    texts = (redact(message), redact(reason), "" if ok else " ".join(redact(text).split()))
-    message, reason, body = (one[:_LONGEST_TEXT] for one in texts)
+    texts = (code, redact(message), redact(reason), "" if ok else " ".join(redact(text).split()))
+    code, message, reason, body = (one[:_LONGEST_TEXT] for one in texts)
     return CallResult(endpoint, ok, status, code or None, message, reason, body, retryable=retryable)
 
 
@@ -434,7 +441,7 @@ class _Adapter(HTTPAdapter):
         super().init_poolmanager(*args, ssl_context=self._context, **kwargs)
 
     def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
-        return super().proxy_manager_for(proxy, ssl_context=self._context, **kwargs)
+        return super().proxy_manager_for(proxy, ssl_context=self._context, proxy_ssl_context=self._context, **kwargs)
 
 
 def _connect(base_url: str, workers: int) -> tuple[HTTPAdapter, Any, dict[str, str]]:
@@ -461,11 +468,14 @@ def _connect(base_url: str, workers: int) -> tuple[HTTPAdapter, Any, dict[str, s
     except (OSError, ValueError, HTTPError) as error:
         advice = "a / or @ in its password is written %2F or %40"
         raise OSError(f"The address of the proxy in HTTPS_PROXY is of no use: {advice}") from error
-    pool.ConnectionCls = _connection_class(pool.ConnectionCls)
     return adapter, pool, {name: adapter.request_url(call, proxies) for name, call in calls.items()}
 
 
-def _connection_class(of_urllib3: Any) -> Any:
+class _Halted(Exception):
+    """A call ended before anything was sent."""
+
+
+def _connection_class(of_urllib3: Any, halted: Callable[[], bool]) -> Any:
     class Connection(of_urllib3):  # type: ignore[misc]
         """Sends a request in one piece, where http.client sends head and body by themselves."""
 
@@ -479,7 +489,10 @@ def _connection_class(of_urllib3: Any) -> Any:
         def response_class(self, sock: Any, **more: Any) -> http.client.HTTPResponse:
             """The answer to what `send` was given, be it a request or a proxy's CONNECT."""
             data, self._unsent = self._unsent, b""
-            super().send(data)
+            if halted():  # while this thread was still connecting
+                raise _Halted
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the answer may have come before
+                super().send(data)
             return http.client.HTTPResponse(_Deadline(sock), **more)  # type: ignore[arg-type]
 
     return Connection

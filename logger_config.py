@@ -25,6 +25,8 @@ FILE_ONLY_MORE = {**FILE_ONLY, "more": True}
 """The same, of a record that is written with the next one: each write costs a run of many threads a pause."""
 
 _SHORTEST_SECRET = 4
+_LONG_SECRET = 16
+_MOST_OPTIONAL = 64  # characters: Python's regular expressions nest to a few hundred
 _MARKS = re.compile("[✓✗⚠] ?")
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 
@@ -39,16 +41,26 @@ def _forms(secret: str) -> set[str]:
     return {secret, *in_json, *in_address, repr(secret)[1:-1], html.escape(secret), secret.translate(_CONTROLS)}
 
 
+def _beginnings(form: str) -> str:
+    """A pattern for the first half of a text and more, as where an answer breaks off."""
+    half = len(form) // 2
+    tail = ""
+    for character in reversed(form[half : half + _MOST_OPTIONAL]):
+        tail = f"(?:{re.escape(character)}{tail})?"
+    return re.escape(form[:half]) + tail
+
+
 class Redactor:
-    """Replaces every secret in a text, also where it is escaped, or in other case.
+    """Replaces every secret in a text, also where it is escaped, in other case, or, when it is long, breaks off.
 
     Secrets of fewer than 4 characters are left: they stand inside ordinary words, and the gaps would spell them out.
     """
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         forms = {form for secret in secrets if len(secret) >= _SHORTEST_SECRET for form in _forms(secret)}
-        pattern = "|".join(map(re.escape, sorted(forms, key=len, reverse=True)))
-        self._pattern = re.compile(pattern or r"(?!)", re.IGNORECASE)
+        by_length = sorted(forms, key=len, reverse=True)
+        parts = [*map(re.escape, by_length), *(_beginnings(form) for form in by_length if len(form) >= _LONG_SECRET)]
+        self._pattern = re.compile("|".join(parts) or r"(?!)", re.IGNORECASE)
 
     def __call__(self, text: str) -> str:
         return self._pattern.sub("[secret]", text)

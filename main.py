@@ -38,7 +38,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote
 from urllib.request import getproxies
 
-import dotenv
+import dotenv.parser
 
 from db_connection import DatabaseConnection, DatabaseError, read_query
 from iterable_client import CallResult, IterableClient, RetryPolicy
@@ -120,7 +120,7 @@ def base_url(text: str) -> str:
     parts = re.fullmatch(r"(https?)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?", text)
     if not parts or int((parts[3] or ":443")[1:]) > 65535:
         raise ValueError("must be a host's address such as https://api.iterable.com, without path, query or user")
-    if parts[1] == "http" and not re.fullmatch(r"localhost|127(\.[0-9]{1,3}){3}|\[::1\]", parts[2]):
+    if parts[1] == "http" and not re.fullmatch(r"localhost|127(\.(25[0-5]|2[0-4]\d|1?\d?\d)){3}|\[::1\]", parts[2]):
         raise ValueError("must begin with https://, or the API key would travel in the clear")
     return text
 
@@ -177,9 +177,11 @@ def load_environment_variables(
         except ValueError as complaint:
             complaints.append(f"{name} {complaint}")
     if complaints:
+        redact = Redactor(values.get(item.name.upper(), "") for item in dataclasses.fields(Settings) if not item.repr)
         error = SettingsError(
-            f"Settings: {'; '.join(complaints)}. Set them in {env_file} (cp .env.example .env, then fill it in) or in "
-            "the environment. To see a run without any: bash tests/demo.sh"
+            redact(f"Settings: {'; '.join(complaints)}. ")
+            + f"Set them in {env_file} (cp .env.example .env, then fill it in) or in the environment. "
+            "To see a run without any: bash tests/demo.sh"
         )
         error.log_file = parsed.get("log_file")
         raise error
@@ -193,8 +195,9 @@ def read_env_file(env_file: Path, complaints: list[str]) -> dict[str, str]:
         if not (isinstance(error, FileNotFoundError) and env_file == HERE / ".env"):
             complaints.append(f"{env_file} cannot be read ({getattr(error, 'strerror', None) or error})")
         return {}
-    values = dotenv.dotenv_values(stream=io.StringIO(text), interpolate=False)  # a password may hold ${...}
-    return {name: value or "" for name, value in values.items()}
+    lines = list(dotenv.parser.parse_stream(io.StringIO(text)))  # nothing is interpolated: a password may hold ${...}
+    complaints += [f"{env_file} cannot be understood from line {line.original.line} on" for line in lines if line.error]
+    return {line.key: line.value or "" for line in lines if line.key}
 
 
 @dataclass(frozen=True, slots=True)
@@ -902,7 +905,8 @@ def check(settings: Settings, log_problem: OSError | None, stop: Stop) -> int:
         def answer(fits: Callable[[CallResult], bool]) -> None:
             result = reply()
             if result is None or not fits(result):
-                raise IterableFailed(result.reason if result else "stopped")
+                unexpected = "Iterable answered a request without a user as if it had one"
+                raise IterableFailed(result.reason or unexpected if result else "stopped")
 
         return check_each(
             ("Settings are complete", lambda: None),
@@ -932,7 +936,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError("must be a whole number from 1")
         return int(text)
 
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--dry-run", action="store_true", help="everything except the sending; needs no API key")
     add("--limit", type=at_least_one, metavar="N", help="the first N users only (a careful first real run)")

@@ -94,6 +94,15 @@ def test_a_quiet_check_prints_only_what_fails(program: Program, two: dict[str, s
     assert (ended.exit_code, ended.console) == (4, f"✗ API key is accepted: {KEY_REFUSED}\n")
 
 
+def test_a_host_that_takes_an_empty_request_is_told_as_such(
+    program: Program, two: dict[str, str], standin: StandIn
+) -> None:
+    standin.fault(status=200, body='{"msg": "", "code": "Success", "params": null}')
+    ended = program("--check", "--quiet", database=two)
+    told = "✗ API key is accepted: Iterable answered a request without a user as if it had one\n"
+    assert (ended.exit_code, ended.console) == (4, told)
+
+
 def test_settings_that_are_missing_are_all_named(program: Program, standin: StandIn) -> None:
     ended = program("--check", database={"DB_PORT": "many"}, ITERABLE_API_KEY="")
     complaints = (

@@ -13,6 +13,7 @@ import resource
 import select
 import socket
 import socketserver
+import ssl
 import threading
 import time
 import tracemalloc
@@ -28,6 +29,7 @@ from unittest import mock
 from urllib.parse import quote
 
 import pytest
+import trustme
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -387,6 +389,11 @@ def test_any_answer_has_a_meaning_and_is_tried_again_exactly_by_contract(
     assert (result.endpoint, result.status, result.attempts) == (EVENTS_TRACK, status, 1)
     assert result.ok or result.reason
     assert max(map(len, (result.message, result.body))) <= 500
+
+
+def test_of_all_texts_of_an_answer_500_characters_are_kept() -> None:
+    result = interpret(USERS_UPDATE, 400, answer("C" * 600, "m" * 600))
+    assert [len(text or "") for text in (result.code, result.message, result.reason, result.body)] == [500] * 4
 
 
 def test_an_answer_may_be_nested_as_deep_as_it_likes() -> None:
@@ -1149,6 +1156,36 @@ def test_an_answer_that_breaks_off_is_told(standin: StandIn, connect: Connect, a
     assert connect(standin).update_user(USER) == no_answer(BROKEN, attempts=3)
 
 
+def test_an_answer_that_comes_before_the_request_is_whole_counts(connect: Connect) -> None:
+    """As nginx gives it to a body over its limit, whose rest it refuses."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(100)
+            self.request.sendall(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            self.request.shutdown(socket.SHUT_RD)
+            self.request.close()
+
+    with serving(Handler) as port:
+        result = connect(f"http://127.0.0.1:{port}").update_user({**USER, "dataFields": {"x": "x" * 20_000_000}})
+    assert result is not None
+    assert (result.status, result.attempts) == (413, 1)
+
+
+def test_an_answer_after_an_interim_one_is_no_answer_to_the_next_call(connect: Connect) -> None:
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            while self.request.recv(65536):
+                self.request.sendall(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+                time.sleep(0.05)
+                with contextlib.suppress(OSError):
+                    self.request.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+    with serving(Handler) as port:
+        client = connect(f"http://127.0.0.1:{port}", attempts=1)
+        assert [client.update_user(USER).status for _ in range(3)] == [103, 103, 103]
+
+
 def test_a_server_that_speaks_no_tls_is_told(connect: Connect) -> None:
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -1236,12 +1273,20 @@ def test_a_connection_that_the_server_has_closed_costs_no_attempt(standin: Stand
 
 
 class Proxy:
-    """An HTTP proxy. It opens tunnels, or gives everyone the one `reply`; `heads` are the requests that it got."""
+    """An HTTP proxy. It opens tunnels, once it is let, or gives everyone the one `reply`; `heads` are the requests that
+    it got. With `certificate`, a PEM file of chain and key, it is spoken to over TLS."""
 
-    def __init__(self, reply: str = "") -> None:
+    def __init__(self, reply: str = "", let: threading.Event | None = None, certificate: Path | None = None) -> None:
         heads: list[list[str]] = []
 
         class Handler(socketserver.StreamRequestHandler):
+            def setup(self) -> None:
+                if certificate:
+                    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                    context.load_cert_chain(certificate)
+                    self.request = context.wrap_socket(self.request, server_side=True)
+                super().setup()
+
             def handle(self) -> None:
                 heads.append([])
                 while line := self.rfile.readline().decode().strip():
@@ -1249,6 +1294,7 @@ class Proxy:
                 if reply:
                     self.wfile.write(reply.encode())
                     return
+                assert let is None or let.wait(LONG)
                 host, _, port = heads[-1][0].split()[1].rpartition(":")
                 with socket.create_connection((host, int(port))) as target:
                     self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
@@ -1288,6 +1334,36 @@ def test_a_proxy_tunnels_and_the_environment_is_asked_for_it_once(
     assert proxy.heads[0][0].startswith(f"CONNECT localhost:{secure.port} HTTP/1.")
     assert "Proxy-Authorization: Basic YW5uOnBAc3M=" in proxy.heads[0]
     assert KEY not in str(proxy.heads)
+
+
+def test_a_proxy_that_is_spoken_to_over_tls_is_trusted_by_the_same_authority(
+    secure: StandIn, connect: Connect, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert secure.ca_file
+    both = trustme.CA()
+    (tmp_path / "ca.pem").write_bytes(both.cert_pem.bytes() + secure.ca_file.read_bytes())
+    both.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "proxy.pem"))
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "ca.pem"))
+    with Proxy(certificate=tmp_path / "proxy.pem") as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", f"https://{proxy.address}")
+        assert connect(secure, attempts=1).update_user(USER) == CallResult(USERS_UPDATE, True, 200, "Success")
+    assert len(proxy.heads) == 1
+
+
+def test_a_call_that_was_still_connecting_at_the_halt_is_not_sent(
+    secure: StandIn, connect: Connect, monkeypatch: pytest.MonkeyPatch, threads: ThreadPoolExecutor
+) -> None:
+    let = threading.Event()
+    with Proxy(let=let) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://{proxy.address}")
+        client = connect(secure)
+        waiting = threads.submit(client.update_user, USER)
+        while not proxy.heads:
+            time.sleep(0.01)
+        client.halt()
+        let.set()
+        assert waiting.result(LONG) is None
+    assert secure.counters()["calls"] == {}
 
 
 @pytest.mark.parametrize("spared", ["localhost", "*"])

@@ -325,6 +325,16 @@ def test_a_secret_within_another_leaves_no_rest() -> None:
     assert Redactor(["open", "open sesame", "sesame"])("say open sesame now") == "say [secret] now"
 
 
+@pytest.mark.parametrize("length", [16, 32, 72, 300])
+def test_a_long_secret_that_breaks_off_is_redacted_from_its_half_on(length: int) -> None:
+    secret = "".join(chr(0x4E00 + number) for number in range(length))
+    redact, half = Redactor([secret]), length // 2
+    for shown in range(half, min(length, half + 64)):
+        assert redact(f"{secret[:shown]}...") == "[secret]..."
+    assert redact(secret[: half - 1]) == secret[: half - 1]
+    assert Redactor([secret[:15]])(secret[:14]) == secret[:14]
+
+
 def test_short_secrets_and_none_at_all_change_nothing() -> None:
     text = "a word of the program"
     assert [Redactor(secrets)(text) for secrets in ([], [""], ["a", "wor"])] == [text] * 3

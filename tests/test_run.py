@@ -476,6 +476,10 @@ def test_a_usage_error_says_how_to_call_it(
     assert standin.counters()["connections"] == 0
 
 
+def test_python_may_leave_out_docstrings(program: Program, customers: Customers) -> None:
+    assert program(database=customers(1), PYTHONOPTIMIZE="2").exit_code == 0
+
+
 # Settings
 
 

@@ -233,7 +233,7 @@ def test_a_base_url_is_a_host_without_user_path_or_query(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["api.iterable.com", "localhost.example.com", "127.0.0.1.example.com", "128.0.0.1", "0.0.0.0", "[::2]"]
+    "host", ["api.iterable.com", "localhost.example.com", "127.0.0.1.example.com", "128.0.0.1", "127.0.0.256", "0.0.0.0", "[::2]"]
 )
 def test_a_base_url_is_http_to_no_other_host(host: str) -> None:
     assert complaint(ITERABLE_API_BASE_URL=f"http://{host}") == (
@@ -366,7 +366,6 @@ def test_a_variable_of_the_environment_wins_over_the_file(env_file: EnvFile) -> 
         ("DB_PASSWORD=pä😀ss", "pä😀ss"),
         ("DB_PASSWORD=crlf\r", "crlf"),
         ("DB_PASSWORD=first\nDB_PASSWORD=last", "last"),
-        ("this is no setting\nDB_PASSWORD=after", "after"),
         ("DB_USER=x\r\nDB_PASSWORD=lines of Windows\r\n", "lines of Windows"),
     ],
 )
@@ -379,6 +378,21 @@ def test_a_value_of_the_file_is_taken_as_it_is(
 
 def test_a_mark_that_windows_puts_at_the_beginning_is_no_part_of_a_name(env_file: EnvFile) -> None:
     assert load(env_file("\ufeffDB_PASSWORD=after the mark"), DB_PASSWORD=None).db_password == "after the mark"
+
+
+def test_lines_that_cannot_be_understood_are_complaints_without_what_they_hold(
+    env_file: EnvFile, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = env_file("DB_HOST=x\nthis is no setting\nDB_PORT=3306\nDB_PASSWORD='geheim\n")
+    said = complaint(path)
+    assert said == f"{path} cannot be understood from line 2 on; {path} cannot be understood from line 4 on"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_secret_that_stands_in_another_setting_too_is_not_shown() -> None:
+    said = complaint(Path(os.devnull), DB_PORT="s3cr3t key", ITERABLE_API_KEY="s3cr3t key", DB_SSL_CA="/x/geheim!")
+    assert "s3cr3t" not in said
+    assert "DB_PORT must be a whole number, not '[secret]'" in said
 
 
 def test_a_file_that_is_not_utf8_is_a_complaint_beside_the_others(env_file: EnvFile) -> None:
