@@ -1,117 +1,62 @@
--- The database iterable_challenge: its two tables, and a sample of 15 customers and 40 page views.
+-- The database iterable_challenge: two tables, the index of Query 2, and a sample of 15 customers and 40 page views.
 --
 --     mysql -u root -p < database_setup.sql
 --
--- For MySQL 8.0 and later and MariaDB 10.2 and later. Loading it again adds what is missing, puts the rows of
--- the sample back as they were and brings their times up to date. It removes nothing and changes no other row.
+-- For MySQL 8.0 and later and MariaDB 10.2 and later. Where one of the two tables is there already, it stops with the
+-- server's error and changes nothing. The sample's times are relative to the day of loading, so it goes stale within a
+-- week. To renew it, drop the database with all that is in it, and load this file again:
+--
+--     mysql -u root -p -e 'DROP DATABASE iterable_challenge'
 
 SET NAMES utf8mb4 COLLATE utf8mb4_unicode_ci; -- a collation that both kinds of server know
-SET time_zone = '+00:00'; -- every time here is UTC, and so must be the day that CURDATE() gives
 
 CREATE DATABASE IF NOT EXISTS iterable_challenge CHARACTER SET utf8mb4 COLLATE utf8mb4_unicode_ci;
 USE iterable_challenge;
 
+-- Which of the two tables is there: the first by name, or NULL.
+SET @table_there = (
+    SELECT MIN(table_name) FROM information_schema.tables
+    WHERE table_schema = DATABASE() AND table_name IN ('customers', 'page_views')
+);
+-- Every time here is UTC, and so must be the day that CURDATE() gives. Where page_views is there without customers,
+-- this is an error, for the error of its CREATE TABLE would come too late: after a new customers table.
+SET time_zone = IF(@table_there = 'page_views', 'none, for page_views already exists', '+00:00');
 
--- Tables
-
-CREATE TABLE IF NOT EXISTS customers (
+CREATE TABLE customers (
     id         BIGINT NOT NULL AUTO_INCREMENT,
     first_name VARCHAR(255),
     last_name  VARCHAR(255),
     email      VARCHAR(255) COMMENT 'What Iterable knows the customer by, so without one nothing can be sent',
     plan_type  VARCHAR(50) NOT NULL DEFAULT 'free' COMMENT 'free, basic, pro or enterprise',
-    sample_no  INT COMMENT 'Row of the sample in database_setup.sql, NULL for every other customer',
     PRIMARY KEY (id),
-    UNIQUE KEY customers_email (email),
-    UNIQUE KEY customers_sample_no (sample_no)
+    UNIQUE KEY customers_email (email)
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_unicode_ci;
 
-CREATE TABLE IF NOT EXISTS page_views (
+-- page_views_recent is the index of Query 2. It holds every column that the query reads (the id is in each InnoDB
+-- index), so the query finds the recent views of its two pages side by side and never opens the table itself.
+CREATE TABLE page_views (
     id         BIGINT NOT NULL AUTO_INCREMENT COMMENT 'Names the event in Iterable, too: page-view-<id>',
     user_id    BIGINT NOT NULL COMMENT 'customers.id',
     page       VARCHAR(100) NOT NULL COMMENT 'home, docs, pricing, settings ...',
     browser    VARCHAR(255) COMMENT 'desktop, mobile or tablet',
     location   VARCHAR(255) COMMENT 'City and country',
     event_time DATETIME NOT NULL COMMENT 'UTC, whatever the time zone of the server',
-    sample_no  INT COMMENT 'Row of the sample in database_setup.sql, NULL for every other view',
     PRIMARY KEY (id),
-    UNIQUE KEY page_views_sample_no (sample_no),
     KEY page_views_user_id (user_id),
+    KEY page_views_recent (page, event_time, user_id, browser, location),
     CONSTRAINT page_views_customer FOREIGN KEY (user_id) REFERENCES customers (id) ON DELETE CASCADE
 ) ENGINE = InnoDB DEFAULT CHARSET = utf8mb4 COLLATE = utf8mb4_unicode_ci;
 
-
--- What tables that were here before may lack. There is no ADD ... IF NOT EXISTS that both kinds of server know,
--- so each change is made into a statement that does nothing where it is not needed.
-
-SET @change = IF(
-    EXISTS (
-        SELECT 1 FROM information_schema.columns
-        WHERE table_schema = DATABASE() AND table_name = 'customers' AND column_name = 'sample_no'
-    ),
-    'DO 0',
-    'ALTER TABLE customers ADD COLUMN sample_no INT, ADD UNIQUE KEY customers_sample_no (sample_no)'
-);
-PREPARE change_if_needed FROM @change;
-EXECUTE change_if_needed;
-
-SET @change = IF(
-    EXISTS (
-        SELECT 1 FROM information_schema.columns
-        WHERE table_schema = DATABASE() AND table_name = 'page_views' AND column_name = 'sample_no'
-    ),
-    'DO 0',
-    'ALTER TABLE page_views ADD COLUMN sample_no INT, ADD UNIQUE KEY page_views_sample_no (sample_no)'
-);
-PREPARE change_if_needed FROM @change;
-EXECUTE change_if_needed;
-
--- The index of Query 2. It holds every column that the query reads (the id is in each InnoDB index), so the query
--- finds the recent views of its two pages side by side and never opens the table itself.
-SET @change = IF(
-    EXISTS (
-        SELECT 1 FROM information_schema.statistics
-        WHERE table_schema = DATABASE() AND table_name = 'page_views' AND index_name = 'page_views_recent'
-    ),
-    'DO 0',
-    'ALTER TABLE page_views ADD KEY page_views_recent (page, event_time, user_id, browser, location)'
-);
-PREPARE change_if_needed FROM @change;
-EXECUTE change_if_needed;
-DEALLOCATE PREPARE change_if_needed;
-
-
--- Sample
---
--- Three of its customers are what the queries look for, on the day of loading and on five days after it:
--- sarah.johnson@email.com, olivia.brown@email.com and mia.harris@email.com.
---
--- Its rows have the ids 1 to 15 and 1 to 40. Where other rows were here first, it follows after them.
-
-SET @customers_before = COALESCE(
-    (SELECT MIN(id - sample_no) FROM customers WHERE sample_no IS NOT NULL),
-    (SELECT MAX(id) FROM customers HAVING MIN(id) <= 15),
-    0
-);
-SET @views_before = COALESCE(
-    (SELECT MIN(id - sample_no) FROM page_views WHERE sample_no IS NOT NULL),
-    (SELECT MAX(id) FROM page_views HAVING MIN(id) <= 40),
-    0
-);
-
+-- The sample. Three of its customers are what the queries look for, on the day of loading and on five days after it:
+-- sarah.johnson@email.com, olivia.brown@email.com and mia.harris@email.com. The WHERE keeps it out of tables that were
+-- there already, for some clients go on after an error: with --force, or when the file is loaded with SOURCE.
 START TRANSACTION;
 
-INSERT INTO customers (id, first_name, last_name, email, plan_type, sample_no)
-SELECT
-    IF(taken.id IS NULL, @customers_before + sample.sample_no, NULL),
-    sample.first_name,
-    sample.last_name,
-    sample.email,
-    sample.plan_type,
-    sample.sample_no
+INSERT INTO customers (id, first_name, last_name, email, plan_type)
+SELECT id, first_name, last_name, email, plan_type
 FROM (
     SELECT
-        1 AS sample_no, 'James' AS first_name, 'Wilson' AS last_name,
+        1 AS id, 'James' AS first_name, 'Wilson' AS last_name,
         'james.wilson@email.com' AS email, 'free' AS plan_type
     UNION ALL SELECT 2,  'Sarah',   'Johnson',  'sarah.johnson@email.com',  'pro'
     UNION ALL SELECT 3,  'Michael', 'Chen',     'michael.chen@email.com',   'basic'
@@ -128,28 +73,13 @@ FROM (
     UNION ALL SELECT 14, 'Grace',   'Okafor',   'grace.okafor@email.com',   'enterprise'
     UNION ALL SELECT 15, 'Ethan',   'Taylor',   'ethan.taylor@email.com',   'pro'
 ) AS sample
-LEFT JOIN customers AS taken
-    ON taken.id = @customers_before + sample.sample_no
-    AND NOT (taken.sample_no <=> sample.sample_no)
-ON DUPLICATE KEY UPDATE
-    first_name = sample.first_name,
-    last_name = sample.last_name,
-    email = sample.email,
-    plan_type = sample.plan_type,
-    sample_no = sample.sample_no;
+WHERE @table_there IS NULL;
 
-INSERT INTO page_views (id, user_id, page, browser, location, event_time, sample_no)
-SELECT
-    IF(taken.id IS NULL, @views_before + sample.sample_no, NULL),
-    customers.id,
-    sample.page,
-    sample.browser,
-    sample.location,
-    TIMESTAMP(CURDATE() - INTERVAL sample.days_ago DAY, sample.time_of_day),
-    sample.sample_no
+INSERT INTO page_views (id, user_id, page, browser, location, event_time)
+SELECT id, user_id, page, browser, location, TIMESTAMP(CURDATE() - INTERVAL days_ago DAY, time_of_day)
 FROM (
     SELECT
-        1 AS sample_no, 11 AS customer_no, 'settings' AS page, 'desktop' AS browser,
+        1 AS id, 11 AS user_id, 'settings' AS page, 'desktop' AS browser,
         'Köln, DE' AS location, 45 AS days_ago, '09:41:07' AS time_of_day
     UNION ALL SELECT 2,  8,  'home',      'mobile',  'Seoul, KR',         41, '20:15:33'
     UNION ALL SELECT 3,  1,  'home',      'desktop', 'New York, US',      33, '13:02:18'
@@ -191,16 +121,6 @@ FROM (
     UNION ALL SELECT 39, 4,  'dashboard', 'desktop', 'London, GB',        1,  '18:45:20'
     UNION ALL SELECT 40, 2,  'settings',  'mobile',  'San Francisco, US', 4,  '17:36:53' -- arrived late
 ) AS sample
-INNER JOIN customers ON customers.sample_no = sample.customer_no
-LEFT JOIN page_views AS taken
-    ON taken.id = @views_before + sample.sample_no
-    AND NOT (taken.sample_no <=> sample.sample_no)
-ON DUPLICATE KEY UPDATE
-    user_id = customers.id,
-    page = sample.page,
-    browser = sample.browser,
-    location = sample.location,
-    event_time = TIMESTAMP(CURDATE() - INTERVAL sample.days_ago DAY, sample.time_of_day),
-    sample_no = sample.sample_no;
+WHERE @table_there IS NULL;
 
 COMMIT;

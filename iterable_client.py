@@ -1,72 +1,281 @@
-"""Iterable's REST API: how fast calls may start, what is tried again, and what an answer means (contract 4 and 5)."""
+"""Iterable's REST API: what it is sent, how fast, what is tried again, and what an answer means (contract 4 and 5)."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import http.client
-import io
 import itertools
 import json
 import logging
-import math
 import os
 import random
-import socket
+import re
 import ssl
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
+from datetime import date, datetime, timezone
+from decimal import Decimal
+from threading import Event, Lock
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
 
+import certifi
 import requests
 import urllib3
-from requests.adapters import DEFAULT_CA_BUNDLE_PATH, HTTPAdapter
-from urllib3.exceptions import (
-    HTTPError,
-    LocationParseError,
-    NameResolutionError,
-    NewConnectionError,
-    ProxyError,
-    SSLError,
-    TimeoutError,
-)
+from urllib3 import exceptions as failures
 
-USERS_UPDATE = "users/update"
-EVENTS_TRACK = "events/track"
-EVENTS_PER_UPDATE = 4
-"""Iterable takes 500 users/update and 2000 events/track calls a second."""
+log = logging.getLogger(__name__)
 
-_LONGEST_BODY = 65_536  # bytes of an answer that are read
-_LONGEST_TEXT = 500  # characters of an answer that are kept
-_LONGEST_CONNECT = 10.0  # seconds
-_TRY_AGAIN = {408, 429, 500, 502, 503, 504}
-_CHECK_URL = "check ITERABLE_API_BASE_URL and the network"
-_NOT_ITERABLE = "this is not Iterable's API: check ITERABLE_API_BASE_URL, and any proxy between"
-_KEY = (
+
+# What is sent
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """`limit`: calls a second that Iterable takes from a project. `items`: the list in a bulk body.
+
+    `margin`: seconds more than one that a second's calls are spread over, since they take unequally long to arrive.
+    """
+
+    path: str
+    limit: int
+    margin: float = 0.02
+    items: str = ""
+
+    def rate(self, users_update: float) -> float:
+        """Calls a second here, where users/update may have so many: the same share of the limit."""
+        return self.limit * users_update / USERS_UPDATE.limit
+
+
+USERS_UPDATE = Endpoint("users/update", 500)
+EVENTS_TRACK = Endpoint("events/track", 2000)
+USERS_BULK_UPDATE = Endpoint("users/bulkUpdate", 5, margin=0.05, items="users")
+EVENTS_TRACK_BULK = Endpoint("events/trackBulk", 10, margin=0.05, items="events")
+MOST_ITEMS = 1000  # of a bulk body
+MOST_BYTES = 1_000_000  # of a bulk body: Iterable takes 4 MB of users, and does not say how much of events
+
+
+to_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class Payload(NamedTuple):
+    """One object for Iterable and whom it is about. Its JSON is made once: to be sent, measured, hashed and shown."""
+
+    email: str
+    json: str
+
+
+class UnusableRow(ValueError):
+    """The row cannot be sent. The text says why: what to do."""
+
+
+def user_payload(record: Any) -> dict[str, Any]:
+    """The object of users/update (contract 4) for a row of Query 2. Raises UnusableRow."""
+    fields = {**texts(record, "first_name", "plan_type"), "recent_page_view": True, "candidate": "yes"}
+    return {"email": address(record), "dataFields": fields}
+
+
+def event_payload(record: Any) -> dict[str, Any]:
+    """The object of events/track (contract 4) for a row of Query 2, whose `event_time` is UTC. Raises UnusableRow.
+
+    `id` and `createdAt` make a repeat harmless: the same view is the same event, at its own time.
+    """
+    if not isinstance(record.event_time, datetime):
+        raise UnusableRow("event_time is not a date with a time: correct the column in page_views")
+    at = record.event_time.replace(microsecond=0, tzinfo=timezone.utc)
+    event_id = f"page-view-{text_of(record.view_id) or '?'}"
+    if not re.fullmatch(r"[A-Za-z0-9-]{1,512}", event_id):
+        raise UnusableRow(f"an event in Iterable cannot have the id {event_id}: correct the id in page_views")
+    fields = {**texts(record, "page", "browser", "location"), "timestamp": str(at)[:19], "candidate": "yes"}
+    seconds = int(at.timestamp())
+    return {
+        "email": address(record),
+        "eventName": "page_view",
+        "id": event_id,
+        "createdAt": seconds,
+        "dataFields": fields,
+    }
+
+
+def address(record: Any) -> str:
+    email = (text_of(record.email) or "").strip().lower()
+    if "@" not in email:
+        raise UnusableRow("no usable e-mail address: correct it in the customers table")
+    return email
+
+
+def texts(record: Any, *columns: str) -> dict[str, str]:
+    """The columns as text, without those that are NULL: a null would delete the field in Iterable."""
+    return {column: text for column in columns if (text := text_of(getattr(record, column))) is not None}
+
+
+def text_of(value: Any) -> str | None:
+    """A value of a column as text, None for NULL. Raises UnusableRow for one that has none."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int | float | Decimal | date):
+        return f"{value:f}" if isinstance(value, Decimal) else str(value)
+    with contextlib.suppress(AttributeError, UnicodeDecodeError):
+        return str(value.decode())
+    raise UnusableRow(f"a column holds a value that is no text ({type(value).__name__}): change the column's type")
+
+
+# What an answer means
+
+
+@dataclass(frozen=True, slots=True)
+class CallResult:
+    """How one call ended, all its attempts included. No API key is in it.
+
+    `status` is None when no answer came. `message` is Iterable's own text, or what happened on the way. `reason` says
+    it in words a person can act on, without what is particular to this user, so that equal reasons can be counted.
+    `named` are the addresses that a bulk answer does not confirm.
+    """
+
+    endpoint: str
+    ok: bool
+    status: int | None = None
+    code: str | None = None
+    message: str = ""
+    reason: str = ""
+    body: str = ""
+    attempts: int = 1
+    retryable: bool = False
+    named: frozenset[str] = frozenset()
+
+    @property
+    def as_json(self) -> dict[str, Any]:
+        """The call in the results file (contract 7)."""
+        return {key: getattr(self, key) for key in ("endpoint", "ok", "status", "code", "message", "attempts")}
+
+    @property
+    def headline(self) -> str:
+        """The call as the log names it (contract 5)."""
+        if self.ok:
+            return f"{self.endpoint} call successful" + (f": {self.code}" if self.code else "")
+        if self.status is None:
+            return f"No answer from {self.endpoint}"
+        kind = {3: "Redirect", 4: "4xx Client Error", 5: "5xx Server Error"}.get(self.status // 100, "Unusable answer")
+        return f"{kind} from {self.endpoint}: Status {self.status}"
+
+    @property
+    def forgotten(self) -> bool:
+        return self.status == 409 and self.code == "ForgottenUserError"
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is an answer of Iterable's, be it a refusal, and not one of an outage or of another server."""
+        return self.ok or (self.code is not None and not self.retryable)
+
+
+Verdicts = list[CallResult | None]
+LONGEST_TEXT = 500  # characters of an answer that are kept
+TRY_AGAIN = {408, 429, 500, 502, 503, 504}
+DISALLOWED = "is disallowed from tracking"
+CHECK_URL = "check ITERABLE_API_BASE_URL and the network"
+NOT_ITERABLE = "this is not Iterable's API: check ITERABLE_API_BASE_URL, and any proxy between"
+KEY_REFUSED = (
     "Iterable refused the API key: check ITERABLE_API_KEY (a server-side key of this project, not disabled), and that "
     "ITERABLE_API_BASE_URL is that of its region: https://api.iterable.com (US) or https://api.eu.iterable.com (EU)"
 )
-_IDENTITY = "another user of the project has this identity: merge the two in Iterable"
-_ADVICE: dict[str | int | None, str] = {
+IDENTITY = "another user of the project has this identity: merge the two in Iterable"
+ADVICE: dict[str | int, str] = {
     "InvalidEmailAddressError": "Iterable refuses the address as invalid: correct it in the customers table",
     "UniqueFieldsLimitExceeded": "the project has no room for new fields: delete unused ones in Iterable",
-    "ExternalKeyConflict": _IDENTITY,
-    "EmailAlreadyExists": _IDENTITY,
-    "UserIdAlreadyExists": _IDENTITY,
-    401: _KEY,
-    403: _KEY,
+    "ExternalKeyConflict": IDENTITY,
+    "EmailAlreadyExists": IDENTITY,
+    "UserIdAlreadyExists": IDENTITY,
+    401: KEY_REFUSED,
+    403: KEY_REFUSED,
     429: "the project's rate limit was used up for too long: lower ITERABLE_RATE_LIMIT, or run when less else writes",
 }
 
-_FILE_ONLY = {"file_only": True}  # what happens inside a call is for the log, not for the console
 
-_CODES = {"Success", "ForgottenUserError", "RequestFieldsTypesMismatched", *filter(None, map(str, _ADVICE))}
+def interpret(endpoint: str, status: int, text: str) -> CallResult:
+    """What an answer means: the HTTP status first, then Iterable's `code` (contract 5)."""
+    answer = parse(text)
+    code, message = (answer[key][:LONGEST_TEXT] if isinstance(answer.get(key), str) else "" for key in ("code", "msg"))
+    if 200 <= status < 300 and code == "Success" and DISALLOWED not in message:
+        return CallResult(endpoint, True, status, code, message)
+    clash = code == "RequestFieldsTypesMismatched"
+    reason = (type_clash(answer) if clash else reason_for(status, code, message))[:LONGEST_TEXT]
+    retryable, body = status in TRY_AGAIN and not clash, " ".join(text.split())[:LONGEST_TEXT]
+    return CallResult(endpoint, False, status, code or None, message, reason, body, retryable=retryable)
 
-log = logging.getLogger(__name__)
+
+def interpret_bulk(endpoint: str, status: int, text: str, emails: Iterable[str]) -> CallResult:
+    """What a bulk answer means for a group of these addresses (contract 5).
+
+    It is a success when it adds up: then whoever is not `named` was told. Else it tells nothing about anybody.
+    """
+    answer = parse(text)
+    if not 200 <= status < 300 or "successCount" not in answer:
+        return replace(interpret(endpoint, status, text), ok=False)  # even where a single call's would be a success
+    group, nested = {email.lower() for email in emails}, answer.get("failedUpdates")
+    lists = [*answer.items(), *(nested.items() if isinstance(nested, dict) else ())]
+    # Those of conflicts name the user that was there, who may be another one of the group.
+    named_in = (each for key, each in lists if isinstance(each, list) and not key.startswith("conflict"))
+    entries = itertools.chain.from_iterable(named_in)
+    named = frozenset(group.intersection(entry.lower() for entry in entries if isinstance(entry, str)))
+    counts = answer["successCount"], answer.get("failCount")
+    whole = all(type(count) is int for count in counts)  # True == 1 == 1.0
+    adds_up = whole and counts == (len(group) - len(named), len(named)) and not answer.get("disallowedEventNames")
+    return CallResult(endpoint, adds_up, status, reason="" if adds_up else "the answer does not add up", named=named)
+
+
+def parse(text: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError, RecursionError):
+        answer = json.loads(text)
+        return answer if isinstance(answer, dict) else {}
+    return {}
+
+
+def reason_for(status: int, code: str, message: str) -> str:
+    if advice := ADVICE.get(code) or ADVICE.get(status):
+        return advice
+    if DISALLOWED in message:
+        return "tracking is switched off for this user or event: see the project's settings in Iterable"
+    if 300 <= status < 400:
+        return f"a redirect, which is never followed: {NOT_ITERABLE}"
+    if status in TRY_AGAIN:
+        return "Iterable is in trouble: run again later, and see https://status.iterable.com"
+    return (message or "Iterable does not say why") if code else NOT_ITERABLE
+
+
+def type_clash(answer: dict[str, Any]) -> str:
+    """RequestFieldsTypesMismatched as a sentence: which field, what Iterable expects, what was sent."""
+    sentences = []
+    with contextlib.suppress(AttributeError, KeyError, TypeError):  # an answer of another form says less
+        for field, facts in answer["params"]["validationErrors"].items():
+            sent = " or ".join(map(str, facts["incomingTypes"]))
+            sentences.append(f"field {field}: Iterable expects {facts['expectedType']}, but {sent} was sent")
+    return f"{'; '.join(sentences) or 'a field has another type'}: correct the column, or the field's type in Iterable"
+
+
+def describe_error(error: Exception) -> tuple[bool, str]:
+    """Whether a call that got no answer is worth another try, and what happened in plain words."""
+    cause = error.args[0] if isinstance(error, failures.SSLError) and error.args else error.__cause__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        advice = f"{CHECK_URL}; a company's own authority goes into REQUESTS_CA_BUNDLE"
+        return False, f"the server's certificate is not trusted ({cause.verify_message}): {advice}"
+    if isinstance(error, failures.ProxyError):
+        return True, f"the proxy does not work: check HTTPS_PROXY and ALL_PROXY ({error.original_error})"
+    if isinstance(error, failures.SSLError):
+        return True, f"no encrypted connection ({getattr(cause, 'reason', error)}): {CHECK_URL}"
+    if isinstance(error, failures.NameResolutionError | failures.LocationParseError | UnicodeError):
+        return True, f"the host name is unknown (DNS): {CHECK_URL}"
+    if isinstance(error, failures.NewConnectionError) and getattr(cause, "errno", None) == errno.EMFILE:
+        return True, "too many open connections: lower MAX_WORKERS, or raise the limit of open files (ulimit -n)"
+    if isinstance(error, failures.NewConnectionError):
+        return True, f"no connection ({getattr(cause, 'strerror', None) or 'refused'}): {CHECK_URL}"
+    if isinstance(error, failures.TimeoutError):
+        return True, "no answer in time: Iterable is slow or out of reach; ITERABLE_TIMEOUT is the time it gets"
+    return True, f"the connection broke before the answer was whole: {CHECK_URL}"
+
+
+# When a call is made
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,116 +288,56 @@ class RetryPolicy:
     longest_retry_after: float = 120.0
     longest_throttling: float = 300.0
 
-    def wait(self, failures: int) -> float:
-        """The wait after so many failures: doubled each time, with full jitter."""
-        return random.uniform(0, min(self.longest_wait, self.first_wait * 2 ** min(failures - 1, 30)))  # noqa: S311
+    def wait(self, failed: int) -> float:
+        """The wait after so many tries failed: doubled each time, with full jitter."""
+        return random.uniform(0, min(self.longest_wait, self.first_wait * 2 ** min(failed - 1, 30)))  # noqa: S311
 
     def retry_after(self, header: str | None) -> float | None:
         """The seconds that a `Retry-After` asks for (a number or an HTTP date), at most `longest_retry_after`."""
-        if header is None:
-            return None
-        try:
-            seconds = float(header)
-        except ValueError:
-            try:
-                date = parsedate_to_datetime(header)
-                now = datetime.now(timezone.utc)
-                seconds = (date.replace(tzinfo=date.tzinfo or timezone.utc) - now).total_seconds()
-            except (ValueError, TypeError, OverflowError):
-                return None
-        return None if math.isnan(seconds) else min(max(seconds, 0.0), self.longest_retry_after)
-
-
-@dataclass(frozen=True, slots=True)
-class CallResult:
-    """How one call ended, all its attempts included. Nothing in it holds a secret.
-
-    `status` is None when no answer came. `message` is Iterable's own text, or what happened on the way. `reason` says
-    the same for a person, without what is particular to this user, so that equal reasons can be counted.
-    """
-
-    endpoint: str
-    ok: bool
-    status: int | None = None
-    code: str | None = None
-    message: str = ""
-    reason: str = ""
-    body: str = ""
-    attempts: int = 1
-    retryable: bool = False
-
-    @property
-    def headline(self) -> str:
-        """The call as the log names it (contract 5)."""
-        if self.ok:
-            return f"{self.endpoint} call successful: {self.code}"
-        if self.status is None:
-            return f"No answer from {self.endpoint}"
-        kind = {3: "Redirect", 4: "4xx Client Error", 5: "5xx Server Error"}.get(self.status // 100, "Unusable answer")
-        return f"{kind} from {self.endpoint}: Status {self.status}"
-
-    @property
-    def key_refused(self) -> bool:
-        return self.status in (401, 403)
-
-    @property
-    def forgotten(self) -> bool:
-        return self.status == 409 and self.code == "ForgottenUserError"
-
-    @property
-    def usable(self) -> bool:
-        """Whether it is an answer of Iterable's, be it a refusal, and not one of an outage or of another server."""
-        return self.code is not None and not self.retryable
+        with contextlib.suppress(failures.InvalidHeader, ValueError, OverflowError):
+            return min(urllib3.Retry().parse_retry_after(header or ""), self.longest_retry_after)
+        return None
 
 
 class RateLimiter:
-    """Spaces the starts of calls evenly over all threads: never more than `rate` in a second.
+    """Spaces the starts of an endpoint's calls evenly over all threads: never more than `rate` in a second.
 
-    After a 429 nothing starts for a while, and the rate falls by 30 %. It climbs back along the curve of CUBIC (RFC
-    9438): fast at first, slowly near the rate that was refused, then faster again, for the limit is shared and what
-    the others leave changes.
+    After a 429 nothing starts for a while, and the rate falls to 70 %. It climbs back by 1 % of the full rate a
+    second, for the limit is shared with everything else that writes to the project.
     """
 
-    _SHARE = 0.98  # the rest is for calls that take longer to arrive than those after them
-    _SLACK = 0.005  # seconds that a late thread may make up for
-    _FALL = 0.3
-    _RECOVERY = 7.0  # seconds until the refused rate is reached again
-    _FIRST_PAUSE = 0.25  # seconds, doubled while there is nothing but 429
-    _LONGEST_PAUSE = 30.0
+    SLACK = 0.005  # seconds that a late thread may make up for
+    FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds; doubled while there is nothing but 429
+    LOOK = 0.1  # seconds after which a wait looks whether the run is stopping
 
-    def __init__(self, rate: float, stop: threading.Event) -> None:
-        self._full = rate * self._SHARE
+    def __init__(self, rate: float, margin: float, stop: Event) -> None:
+        self._full = self._fallen_to = rate / (1 + margin)
         self._stop = stop
-        self._turn = threading.Lock()  # of the one thread whose turn is next: when all are late, none goes with another
-        self._lock = threading.Lock()
-        self._next = 0.0  # when the next call may start; all times are monotonic seconds
-        self._open_at = 0.0  # nothing starts before: the end of a 429's pause
-        self._refused_rate = self._full
-        self._fell_at = -math.inf
-        self._pause = self._FIRST_PAUSE
+        self._turn = Lock()  # of the one thread that waits: were many to wake late, they would start together
+        self._lock = Lock()
+        self._next = self._open_at = self._fell_at = 0.0  # monotonic seconds
+        self._pause = self.FIRST_PAUSE
 
-    def take(self) -> float:
+    def acquire(self, unless: Event) -> bool:
+        """Wait for a turn; False, at once, when `unless` is set. A stop cuts the pause after a 429 for everybody."""
+        with self._turn:
+            while not unless.is_set():
+                if (wait := self._take()) <= 0:
+                    return True
+                unless.wait(min(wait, self.LOOK))
+        return False
+
+    def _take(self) -> float:
         """Take a turn: 0 when it has come, else the seconds until one may come."""
         with self._lock:
             now = monotonic()
-            if (wait := max(self._next, self._open_at) - now) > 0:
-                return wait
-            self._next = max(self._next, now - self._SLACK) + 1 / self.rate(now)
-            return 0.0
+            wait = (self._next if self._stop.is_set() else max(self._next, self._open_at)) - now
+            if wait <= 0:
+                self._next = max(self._next, now - self.SLACK) + 1 / self._rate(now)
+            return wait
 
-    def acquire(self) -> bool:
-        """Wait for a turn. False, at once, when a stop is asked for."""
-        with self._turn:
-            while not self._stop.is_set():
-                if not (wait := self.take()):
-                    return True
-                self._stop.wait(wait)
-        return False
-
-    def rate(self, now: float) -> float:
-        """Calls a second at this time."""
-        progress = (now - self._fell_at) / self._RECOVERY
-        return min(self._full, self._refused_rate * (1 + self._FALL * (progress - 1) ** 3))
+    def _rate(self, now: float) -> float:
+        return min(self._full, self._fallen_to + 0.01 * self._full * (now - self._fell_at))
 
     def throttled(self, sent_at: float, retry_after: float | None) -> None:
         """A call that was sent then was answered 429."""
@@ -196,332 +345,185 @@ class RateLimiter:
             now = monotonic()
             if sent_at >= self._open_at:  # else it was on the wire before the last pause, and says nothing new
                 if now - self._fell_at >= 1:
-                    self._refused_rate, self._fell_at = max(self.rate(now), 1.0), now
+                    self._fallen_to, self._fell_at = 0.7 * self._rate(now), now
                 if retry_after is None:
-                    retry_after = self._pause
-                    self._pause = min(2 * self._pause, self._LONGEST_PAUSE)
-                log.info("429: pause of %.1f s, then %.0f calls/s", retry_after, self.rate(now), extra=_FILE_ONLY)
+                    retry_after, self._pause = self._pause, min(2 * self._pause, self.LONGEST_PAUSE)
+                log.debug("429: a pause of %.1f s, then %.1f calls/s", retry_after, self._rate(now))
             self._open_at = max(self._open_at, now + (retry_after or 0.0))
 
     def accepted(self, sent_at: float) -> None:
         """A call that was sent then was answered with anything but a 429."""
         if sent_at >= self._open_at:
-            self._pause = self._FIRST_PAUSE
+            self._pause = self.FIRST_PAUSE
 
 
 class IterableClient:
-    """The two calls of one Iterable project, for many threads at once.
+    """The calls of one Iterable project, for many threads at once.
 
-    `rate` is that of users/update in calls a second; events/track gets four times as many. `timeout` is in seconds,
-    for a whole answer. `workers` is the number of threads, and so of connections. `stop` cuts every wait: a call that
-    has not begun is not made, and none is tried again. `redact` takes the secrets out of whatever the API answers.
+    `rate` is that of users/update in calls a second; the other endpoints get the same share of their own limits.
+    `timeout` is in seconds, for a whole answer. `workers` is the number of threads, and so of connections. `stop` cuts
+    every wait: a call that has not begun is not made, and none is tried again. Raises OSError when the CA file or the
+    proxy of the environment is of no use.
+
+    A group of one goes to the single endpoint, a larger one to the bulk endpoint; the caller need not know which.
     """
 
     def __init__(
-        self,
-        base_url: str,
-        api_key: str,
-        *,
-        rate: float = 450,
-        timeout: float = 30.0,
-        workers: int = 1,
-        retry: RetryPolicy | None = None,
-        stop: threading.Event | None = None,
-        redact: Callable[[str], str] = str,
+        self, base_url: str, api_key: str, rate: float, timeout: float, workers: int, retry: RetryPolicy, stop: Event
     ) -> None:
-        self._retry = retry or RetryPolicy()
-        self._stop = stop or threading.Event()
-        self._redact = redact
-        self._halted = False
-        self._limiters = {
-            USERS_UPDATE: RateLimiter(rate, self._stop),
-            EVENTS_TRACK: RateLimiter(rate * EVENTS_PER_UPDATE, self._stop),
-        }
-        self._headers = {
-            "Api-Key": api_key,
-            "Content-Type": "application/json",
-            "User-Agent": "iterable-integration/1.0",
-        }
-        self._timeout = urllib3.Timeout(connect=min(timeout, _LONGEST_CONNECT), read=timeout)
-        self._adapter, self._pool, self._urls = _connect(base_url, workers)
-        self._pool.ConnectionCls = _connection_class(self._pool.ConnectionCls, lambda: self._halted)
+        self._timeout, self._retry, self._stop = timeout, retry, stop
+        self._halted = Event()
+        endpoints = (USERS_UPDATE, EVENTS_TRACK, USERS_BULK_UPDATE, EVENTS_TRACK_BULK)
+        self._limiters = {each: RateLimiter(each.rate(rate), each.margin, stop) for each in endpoints}
+        self._headers = {"Api-Key": api_key, "Content-Type": "application/json", "User-Agent": "iterable-integration/2"}
+        self._key_as = {api_key, json.dumps(api_key)[1:-1], quote(api_key, safe="")} - {""}
+        self.redact: Callable[[str], str] = str
+        """Takes the secrets out of the texts of a result. The key is replaced before, in the answer itself."""
+        self._pool = connection_pool(base_url, workers)
+        self._counting = Lock()
+        self.calls = self.retries = 0  # requests made, and those of them that were not the first of their call
+        self.refused: CallResult | None = None  # the answer that refused the API key
 
     def __enter__(self) -> IterableClient:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._adapter.close()
-
-    @property
-    def stopped(self) -> bool:
-        """Whether no new user may be started."""
-        return self._halted or self._stop.is_set()
+        self._pool.close()
 
     def halt(self) -> None:
         """Nothing is sent from now on; the calls on the wire end by themselves."""
-        self._halted = True
+        self._halted.set()
         self._stop.set()
 
-    def take_turn(self) -> float:
-        """Take a turn at users/update: 0 when it has come, else the seconds until one may come."""
-        return self._limiters[USERS_UPDATE].take()
+    def update_users(self, users: Sequence[Payload]) -> Verdicts:
+        """POST users/update or users/bulkUpdate; a verdict for each, in their order.
 
-    def update_user(self, payload: Mapping[str, Any], *, in_turn: bool = False) -> CallResult | None:
-        """POST users/update, without a wait when `in_turn`, after `take_turn`. None when a stop came first."""
-        return self._call(USERS_UPDATE, payload, in_turn=in_turn)
+        None is no verdict: a stop came first, or the answer to the group does not confirm this user.
+        """
+        return self._send(USERS_UPDATE, USERS_BULK_UPDATE, users, unless=self._stop)
 
-    def track_event(self, payload: Mapping[str, Any]) -> CallResult | None:
-        """POST events/track, once even after a stop, so that a started user is whole. None after `halt`."""
-        return self._call(EVENTS_TRACK, payload, although_stopping=True)
+    def track_events(self, events: Sequence[Payload]) -> Verdicts:
+        """POST events/track or events/trackBulk, likewise; once even after a stop, so that a started user is whole."""
+        return self._send(EVENTS_TRACK, EVENTS_TRACK_BULK, events, unless=self._halted)
 
-    def _call(
-        self,
-        endpoint: str,
-        payload: Mapping[str, Any],
-        *,
-        in_turn: bool = False,
-        although_stopping: bool = False,
-    ) -> CallResult | None:
-        body = json.dumps(payload, separators=(",", ":")).encode()
-        limiter, policy = self._limiters[endpoint], self._retry
-        result: CallResult | None = None
-        tries, throttled_since = 0, None
+    def _send(self, single: Endpoint, bulk: Endpoint, group: Sequence[Payload], unless: Event) -> Verdicts:
+        if len(group) < 2:
+            return [self._call(single, group, unless) for _ in group]
+        result = self._call(bulk, group, unless)
+        confirmed = result if result and result.ok else None
+        if result and not confirmed:
+            words = "%s: %s; its %d users are sent singly"
+            log.info(words, result.headline, result.reason, len(group), extra={"file_only": True})
+        return [None if confirmed and each.email in confirmed.named else confirmed for each in group]
+
+    def _call(self, endpoint: Endpoint, group: Sequence[Payload], unless: Event) -> CallResult | None:
+        """One call, tried again as often as contract 5 says. `unless` forbids the first try, a stop any other."""
+        items = ",".join(payload.json for payload in group)
+        body = (f'{{"{endpoint.items}":[{items}]}}' if endpoint.items else items).encode()
+        limiter, result = self._limiters[endpoint], None
+        tries, throttled_since = 0, 0.0
         for attempt in itertools.count(1):
-            first = attempt == 1
-            may_start = not self._stop.is_set() if in_turn and first else limiter.acquire()
-            if self._halted or not (may_start or (although_stopping and first)):
+            if not limiter.acquire(unless if attempt == 1 else self._stop):
                 break
+            with self._counting:
+                self.calls += 1
+                self.retries += attempt > 1
             sent_at = monotonic()
-            log.debug("%s, attempt %d: %s", endpoint, attempt, body)
-            try:
-                answer, retry_after = self._exchange(endpoint, body)
-            except _Halted:
-                break
+            answer, retry_after = self._exchange(endpoint, body, [payload.email for payload in group])
             result = replace(answer, attempts=attempt)
-            if result.key_refused:
+            if result.status in (401, 403):
+                self.refused = result
                 self.halt()
             if result.retryable and result.status == 429:
                 limiter.throttled(sent_at, retry_after)
                 throttled_since = throttled_since or sent_at
-                if monotonic() - throttled_since >= policy.longest_throttling:
+                if monotonic() - throttled_since >= self._retry.longest_throttling:
                     break
                 continue
             limiter.accepted(sent_at)
-            tries, throttled_since = tries + 1, None
-            if not result.retryable or tries >= policy.max_attempts:
+            tries, throttled_since = tries + 1, 0.0
+            if not result.retryable or tries >= self._retry.max_attempts:
                 break
-            wait = policy.wait(tries) if retry_after is None else retry_after
-            log.info("%s: %s; next try in %.1f s", endpoint, result.reason, wait, extra=_FILE_ONLY)
+            wait = self._retry.wait(tries) if retry_after is None else retry_after
+            log.debug("%s: %s; next try in %.1f s", endpoint.path, result.reason, wait)
             if self._stop.wait(wait):
                 break
-        return result and (result if result.ok else _without_user(result, payload))
+        return result
 
-    def _exchange(self, endpoint: str, body: bytes) -> tuple[CallResult, float | None]:
-        """One request and its answer, with the seconds of its Retry-After."""
+    def _exchange(self, endpoint: Endpoint, body: bytes, emails: list[str]) -> tuple[CallResult, float | None]:
+        """One request and its answer, with the seconds of its Retry-After. The one place where bytes leave."""
+        log.debug("%s: %s", endpoint.path, body if len(emails) == 1 else f"{len(emails)} in {len(body)} bytes")
+        timeout = urllib3.Timeout(connect=min(self._timeout, 10.0), read=self._timeout)
+        options: dict[str, Any] = {"redirect": False, "retries": False, "timeout": timeout, "preload_content": False}
         try:
-            response = self._pool.urlopen(
-                "POST",
-                self._urls[endpoint],
-                body=body,
-                headers=self._headers,
-                redirect=False,
-                retries=False,
-                assert_same_host=False,
-                timeout=self._timeout,
-                preload_content=False,
-            )
-            text = _read(response)
-        except (HTTPError, http.client.HTTPException, OSError, ValueError) as error:
-            retryable, words = _describe(error)
-            words = self._redact(words)
-            return CallResult(endpoint, False, message=words, reason=words, retryable=retryable), None
+            response = self._pool.urlopen("POST", f"/api/{endpoint.path}", body=body, headers=self._headers, **options)
+            text = read(response, self._timeout, most=65_536 + 2000 * len(emails))
+        except (failures.HTTPError, http.client.HTTPException, OSError, ValueError) as error:
+            retryable, words = describe_error(error)
+            words = self.redact(self._without_key(words))
+            return CallResult(endpoint.path, False, message=words, reason=words, retryable=retryable), None
         retry_after = self._retry.retry_after(response.headers.get("Retry-After"))
-        return interpret(endpoint, response.status, text, self._redact), retry_after
+        text = self._without_key(text)
+        result = (
+            interpret_bulk(endpoint.path, response.status, text, emails)
+            if endpoint.items
+            else interpret(endpoint.path, response.status, text)
+        )
+        reason = result.reason.replace(emails[0] or "\0", "<email>")
+        texts = (result.code or "", result.message, reason, result.body)
+        code, message, reason, answer = (self.redact(self._without_key(text)) for text in texts)  # it was in escapes
+        return replace(result, code=code or None, message=message, reason=reason, body=answer), retry_after
+
+    def _without_key(self, text: str) -> str:
+        for form in self._key_as:
+            text = text.replace(form, "[secret]")
+        return text
 
 
-def _read(response: urllib3.BaseHTTPResponse) -> str:
-    """The body. That of a refusal may break off: the status says enough. Raises what urllib3 does."""
-    try:
-        if response.status < 200:
-            return ""  # and close the connection, for the real answer may follow
-        return response.read(_LONGEST_BODY).decode("utf-8", "replace")
-    except (HTTPError, OSError):
-        if response.status < 300:
-            raise
-        return ""
-    finally:
-        response.close()  # a connection whose answer was read to its end is in the pool by now, and stays open
-
-
-def interpret(endpoint: str, status: int, text: str, redact: Callable[[str], str] = str) -> CallResult:
-    """What an answer means: the HTTP status first, then Iterable's `code` (contract 5)."""
-    try:
-        answer = json.loads(text)
-        if "\\" in text:  # a secret could hide in escapes
-            text = json.dumps(answer, ensure_ascii=False)
-    except (ValueError, RecursionError):
-        answer = None
-    answer = answer if isinstance(answer, dict) else {}
-    code, message = (answer[key] if isinstance(answer.get(key), str) else "" for key in ("code", "msg"))
-    ok = 200 <= status < 300 and code == "Success" and "is disallowed from tracking" not in message
-    reason, retryable = "" if ok else _reason(status, code, message), status in _TRY_AGAIN
-    if code == "RequestFieldsTypesMismatched":
-        message = f"{message}: {_mismatches(answer, values=True)}"
-        reason, retryable = _mismatches(answer, values=False), False
-    code = code if code in _CODES else redact(code)  # a password may be a word of the API's
-    texts = (code, redact(message), redact(reason), "" if ok else " ".join(redact(text).split()))
-    code, message, reason, body = (one[:_LONGEST_TEXT] for one in texts)
-    return CallResult(endpoint, ok, status, code or None, message, reason, body, retryable=retryable)
-
-
-def _without_user(result: CallResult, payload: Mapping[str, Any]) -> CallResult:
-    """The same, with a reason that does not name the user or the event."""
-    reason = result.reason
-    for key in ("email", "id"):
-        if payload.get(key):
-            reason = reason.replace(str(payload[key]), f"<{key}>")
-    return replace(result, reason=reason)
-
-
-def _reason(status: int, code: str | None, message: str) -> str:
-    if advice := _ADVICE.get(code) or _ADVICE.get(status):
-        return advice
-    if "is disallowed from tracking" in message:
-        return "tracking is switched off for this user or event: see the project's settings in Iterable"
-    if 300 <= status < 400:
-        return f"a redirect, which is never followed: {_NOT_ITERABLE}"
-    if status in _TRY_AGAIN:
-        return "Iterable is in trouble: run again later, and see https://status.iterable.com"
-    return (message or "Iterable does not say why") if code else _NOT_ITERABLE
-
-
-def _mismatches(answer: Mapping[str, Any], *, values: bool) -> str:
-    """RequestFieldsTypesMismatched as a sentence: which field, what Iterable expects, what was sent."""
-    params = answer.get("params")
-    errors = params.get("validationErrors") if isinstance(params, dict) else None
-    sentences = []
-    for field, facts in errors.items() if isinstance(errors, dict) else ():
-        facts = facts if isinstance(facts, dict) else {}
-        sent = facts.get("incomingTypes")
-        sent = " or ".join(map(str, sent)) if isinstance(sent, list) else sent
-        value = f", {facts.get('offendingValue')!r}," if values else ""
-        sentences.append(f"field {field}: Iterable expects {facts.get('expectedType')}, but {sent}{value} was sent")
-    return f"{'; '.join(sentences) or 'a field has another type'}: correct the column, or the field's type in Iterable"
-
-
-def _describe(error: Exception) -> tuple[bool, str]:
-    """Whether a call that got no answer is worth another try, and what happened in plain words."""
-    if isinstance(error, ProxyError):
-        return True, f"the proxy does not work: check HTTPS_PROXY ({error.original_error})"
-    cause = error.args[0] if isinstance(error, SSLError) and error.args else None
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        advice = f"{_CHECK_URL}; a company's own authority goes into REQUESTS_CA_BUNDLE"
-        return False, f"the server's certificate is not trusted ({cause.verify_message}): {advice}"
-    if isinstance(error, SSLError):
-        return True, f"no encrypted connection ({getattr(cause, 'reason', error)}): {_CHECK_URL}"
-    if isinstance(error, NameResolutionError | LocationParseError):
-        return True, f"the host name is unknown (DNS): {_CHECK_URL}"
-    if isinstance(error, NewConnectionError) and getattr(error.__cause__, "errno", None) == errno.EMFILE:
-        return True, "too many open connections: lower MAX_WORKERS, or raise the limit of open files (ulimit -n)"
-    if isinstance(error, NewConnectionError):
-        return True, f"no connection ({getattr(error.__cause__, 'strerror', None) or 'refused'}): {_CHECK_URL}"
-    if isinstance(error, TimeoutError):
-        return True, "no answer in time: Iterable is slow or out of reach; ITERABLE_TIMEOUT is the time it gets"
-    return True, f"the connection broke before the answer was whole: {_CHECK_URL}"
-
-
-class _Adapter(HTTPAdapter):
-    """Requests' adapter with one TLS context for all connections: by itself it loads the CA file for each of them."""
-
-    def __init__(self, context: ssl.SSLContext, size: int) -> None:
-        self._context = context
-        super().__init__(pool_maxsize=size)
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, ssl_context=self._context, **kwargs)
-
-    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
-        return super().proxy_manager_for(proxy, ssl_context=self._context, proxy_ssl_context=self._context, **kwargs)
-
-
-def _connect(base_url: str, workers: int) -> tuple[HTTPAdapter, Any, dict[str, str]]:
-    """The adapter, its pool of connections to the base URL, and what to ask that pool for at each endpoint.
-
-    Requests reads proxies and CA files from the environment at every call. Here it does so once, and each call is one
-    `urlopen` on the pool: that takes a third of the CPU time of `Session.post`. Raises OSError when a proxy's address
-    or the CA file is of no use.
-    """
-    environment = requests.Session().merge_environment_settings(base_url, {}, None, None, None)
-    authorities = DEFAULT_CA_BUNDLE_PATH if environment["verify"] is True else str(environment["verify"])
-    context = urllib3.util.create_urllib3_context()
-    try:
-        context.load_verify_locations(**{"capath" if os.path.isdir(authorities) else "cafile": authorities})
-    except OSError as error:
-        raise OSError(f"The CA file {authorities} (REQUESTS_CA_BUNDLE) cannot be read: {error}") from error
-    # Plain http is allowed to this machine only, and would hand the key to a proxy.
-    adapter, proxies = _Adapter(context, workers), environment["proxies"] if base_url.startswith("https:") else {}
-    calls = {
-        name: requests.Request("POST", f"{base_url}/api/{name}").prepare() for name in (USERS_UPDATE, EVENTS_TRACK)
-    }
-    try:
-        pool: Any = adapter.get_connection_with_tls_context(calls[USERS_UPDATE], verify=True, proxies=proxies)
-    except (OSError, ValueError, HTTPError) as error:
-        advice = "a / or @ in its password is written %2F or %40"
-        raise OSError(f"The address of the proxy in HTTPS_PROXY is of no use: {advice}") from error
-    return adapter, pool, {name: adapter.request_url(call, proxies) for name, call in calls.items()}
-
-
-class _Halted(Exception):
-    """A call ended before anything was sent."""
-
-
-def _connection_class(of_urllib3: Any, halted: Callable[[], bool]) -> Any:
-    class Connection(of_urllib3):  # type: ignore[misc]
-        """Sends a request in one piece, where http.client sends head and body by themselves."""
-
-        _unsent = b""
-
-        def send(self, data: bytes) -> None:
-            if self.sock is None:
-                self.connect()
-            self._unsent += data
-
-        def response_class(self, sock: Any, **more: Any) -> http.client.HTTPResponse:
-            """The answer to what `send` was given, be it a request or a proxy's CONNECT."""
-            data, self._unsent = self._unsent, b""
-            if halted():  # while this thread was still connecting
-                raise _Halted
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the answer may have come before
-                super().send(data)
-            return http.client.HTTPResponse(_Deadline(sock), **more)  # type: ignore[arg-type]
-
-    return Connection
-
-
-class _Deadline(io.RawIOBase):
-    """The bytes of one answer, which must be whole within the socket's time-out.
+def read(response: urllib3.BaseHTTPResponse, timeout: float, most: int) -> str:
+    """The body, or its beginning. That of a refusal may break off: the status says enough. Raises what urllib3 does.
 
     The socket's own time-out starts again with each byte, so an answer that drips would hold a worker for ever.
     """
+    content, deadline = b"", monotonic() + timeout
+    try:
+        while response.status >= 200 and len(content) < most and (more := response.read1(65_536)):
+            content += more
+            if monotonic() > deadline:
+                raise failures.TimeoutError
+    except (failures.HTTPError, http.client.HTTPException, OSError):
+        if response.status < 300:
+            raise
+    finally:
+        response.close()  # a connection whose answer was read to its end is in the pool by now, and stays open
+    return content.decode("utf-8", "replace")
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._raw = sock.makefile("rb", buffering=0)
-        self._begun = False
-        self._end = monotonic() + (sock.gettimeout() or math.inf)
 
-    def readable(self) -> bool:
-        return True
+def connection_pool(base_url: str, workers: int) -> urllib3.HTTPConnectionPool:
+    """Connections to Iterable, by the proxy and with the CA file that requests finds in the environment.
 
-    def readinto(self, buffer: Any) -> int | None:
-        if self._begun:  # for most answers, which need one read, the time-out that the socket has is right
-            self._sock.settimeout(max(self._end - monotonic(), 0.001))
-        self._begun = True
-        return self._raw.readinto(buffer)
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
+    Requests itself would look for them at every call. To ask urllib3 directly takes a third of its CPU time.
+    """
+    environment = requests.Session().merge_environment_settings(base_url, {}, None, None, None)
+    authorities = certifi.where() if environment["verify"] is True else str(environment["verify"])
+    folder = os.path.isdir(authorities)
+    try:
+        context = ssl.create_default_context(
+            cafile=None if folder else authorities, capath=authorities if folder else None
+        )
+    except OSError as error:
+        raise OSError(f"The CA file {authorities} (REQUESTS_CA_BUNDLE) cannot be read: {error}") from error
+    options: dict[str, Any] = {"ssl_context": context, "maxsize": workers}
+    proxy = requests.utils.select_proxy(base_url, environment["proxies"])
+    if not proxy or base_url.startswith("http:"):  # plain http is for this machine, and would show a proxy the key
+        return urllib3.PoolManager(**options).connection_from_url(base_url)
+    name = "HTTPS_PROXY" if proxy == environment["proxies"].get("https") else "ALL_PROXY"
+    parts = re.fullmatch(r"(?:(\w+)://)?(?:([^@/?#]*)@)?([^@/?#]+)/?", proxy)
+    if not parts:
+        raise OSError(f"The address in {name} is of no use: / ? # @ in its password are written %2F %3F %23 %40")
+    if parts[1] not in (None, "http", "https"):
+        raise OSError(f"{name} names a {parts[1]} proxy: only http and https proxies can be used")
+    login = urllib3.make_headers(proxy_basic_auth=unquote(parts[2])) if parts[2] else None
+    url = f"{parts[1] or 'http'}://{parts[3]}"
+    manager = urllib3.ProxyManager(url, proxy_headers=login, proxy_ssl_context=context, **options)
+    return manager.connection_from_url(base_url)

@@ -1,9 +1,10 @@
-"""Logging for the whole program: the console, one rotating file, and no secret in either."""
+"""All that a run leaves behind: console, log file and results file, no secret in any of them."""
 
 from __future__ import annotations
 
 import contextlib
-import html
+import fcntl
+import itertools
 import json
 import logging
 import logging.handlers
@@ -11,96 +12,70 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import quote, quote_plus
 
-MAX_BYTES = 10_000_000
-OLD_FILES = 5
 PRIVATE = 0o600
 FILE_ONLY = {"file_only": True}
-"""The `extra` of a record that is for the log file and not for the console."""
-FILE_ONLY_MORE = {**FILE_ONLY, "more": True}
-"""The same, of a record that is written with the next one: each write costs a run of many threads a pause."""
-
-_SHORTEST_SECRET = 4
-_LONG_SECRET = 16
-_MOST_OPTIONAL = 64  # characters: Python's regular expressions nest to a few hundred
-_MARKS = re.compile("[✓✗⚠] ?")
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+"""The `extra` of a log record that is for the log file and not for the console."""
 
 log = logging.getLogger(__name__)
 
 
-def _forms(secret: str) -> set[str]:
-    """A secret as it is, and as JSON, Python, an address, HTML and this log write it."""
-    in_json = (json.dumps(secret, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False))
-    octets = secret.encode("utf-8", "surrogatepass")
-    in_address = (quote(octets, safe=""), quote(octets), quote_plus(octets))
-    return {secret, *in_json, *in_address, repr(secret)[1:-1], html.escape(secret), secret.translate(_CONTROLS)}
+# Console and log file
 
 
-def _beginnings(form: str) -> str:
-    """A pattern for the first half of a text and more, as where an answer breaks off."""
-    half = len(form) // 2
-    tail = ""
-    for character in reversed(form[half : half + _MOST_OPTIONAL]):
-        tail = f"(?:{re.escape(character)}{tail})?"
-    return re.escape(form[:half]) + tail
-
-
-class Redactor:
-    """Replaces every secret in a text, also where it is escaped, in other case, or, when it is long, breaks off.
+def redactor(*secrets: str) -> Callable[[str], str]:
+    """A function that replaces the secrets in a text, as they are, JSON-escaped or URL-encoded.
 
     Secrets of fewer than 4 characters are left: they stand inside ordinary words, and the gaps would spell them out.
     """
+    long = [secret for secret in secrets if len(secret) >= 4]
+    in_json = [json.dumps(secret, ensure_ascii=only_ascii)[1:-1] for secret in long for only_ascii in (True, False)]
+    in_url = [quote(secret, safe, errors="replace") for secret in long for safe in ("", "/")]
+    in_form = [quote_plus(secret, errors="replace") for secret in long]
+    longest_first = sorted({*long, *in_json, *in_url, *in_form}, key=len, reverse=True)
 
-    def __init__(self, secrets: Iterable[str] = ()) -> None:
-        forms = {form for secret in secrets if len(secret) >= _SHORTEST_SECRET for form in _forms(secret)}
-        by_length = sorted(forms, key=len, reverse=True)
-        parts = [*map(re.escape, by_length), *(_beginnings(form) for form in by_length if len(form) >= _LONG_SECRET)]
-        self._pattern = re.compile("|".join(parts) or r"(?!)", re.IGNORECASE)
+    def redact(text: str) -> str:
+        for form in longest_first:
+            text = text.replace(form, "[secret]")
+        return text
 
-    def __call__(self, text: str) -> str:
-        return self._pattern.sub("[secret]", text)
+    return redact
 
 
 def setup_logger(
     level: str = "INFO", log_file: Path | None = None, *, quiet: bool = False, redact: Callable[[str], str] = str
-) -> OSError | None:
+) -> None:
     """Configure logging for the whole process, at the root (contract 2 and 6). Modules use `getLogger(__name__)`.
 
     `level` is that of the log file; the console (standard output) shows INFO and above, with `quiet` WARNING and
-    above. An exception that nobody caught is logged, too.
-
-    Returns why the log file cannot be opened, if it cannot; then, and without `log_file`, there is only the console.
+    above. An exception that nobody caught is logged, too. Raises OSError when the log file cannot be opened; then,
+    and without `log_file`, there is only the console.
     """
     console = _Console(sys.stdout)
     console.setLevel(logging.WARNING if quiet else logging.INFO)
     console.addFilter(lambda record: not getattr(record, "file_only", False))
     console.setFormatter(_Formatter("%(message)s", redact, marks=console.shows("✓✗⚠")))
-    handlers: list[logging.Handler] = [console]
-    problem = None
-    try:
-        handlers += [_log_file(log_file, level, redact)] if log_file else []
-    except OSError as error:
-        problem = error
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # facts that no line shows
-    logging.basicConfig(level=min(handler.level for handler in handlers), handlers=handlers, force=True)
+    logging.basicConfig(level=logging.INFO, handlers=[console], force=True)
     for package in ("urllib3", "mysql.connector"):  # what they tell is said again, in better words, by our modules
         logging.getLogger(package).setLevel(logging.ERROR)
     sys.excepthook = lambda kind, error, trace: log.critical("Unexpected error", exc_info=(kind, error, trace))
-    return problem
-
-
-def _log_file(path: Path, level: str, redact: Callable[[str], str]) -> logging.Handler:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = _PrivateLogFile(path, maxBytes=MAX_BYTES, backupCount=OLD_FILES, encoding="utf-8")
-    handler.setLevel(level)
-    handler.addFilter(lambda record: record.msg != "")  # empty lines are for the console
-    handler.setFormatter(_Formatter("%(asctime)s %(levelname)-7s %(module)s: %(message)s", redact))
-    return handler
+    if log_file:
+        try:
+            log_file.parent.mkdir(parents=True, exist_ok=True)
+            file = _PrivateLogFile(log_file, maxBytes=10_000_000, backupCount=5)
+        except OSError as error:
+            raise OSError(f"LOG_FILE cannot be written: {error}") from error
+        file.setLevel(level)
+        file.addFilter(lambda record: record.msg != "")  # empty lines are for the console
+        file.setFormatter(_Formatter("%(asctime)s %(levelname)-7s %(module)s: %(message)s", redact))
+        logging.getLogger().addHandler(file)
+        logging.getLogger().setLevel(min(file.level, console.level))
 
 
 class _Formatter(logging.Formatter):
@@ -108,19 +83,21 @@ class _Formatter(logging.Formatter):
 
     default_time_format = "%Y-%m-%dT%H:%M:%S%z"
     default_msec_format = None
+    _controls: ClassVar = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 
     def __init__(self, layout: str, redact: Callable[[str], str], *, marks: bool = True) -> None:
         super().__init__(layout)
         self._redact, self._marks = redact, marks
 
     def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = self._redact(record.message)
         if not record.message.isprintable():
-            record.message = record.message.translate(_CONTROLS)
-        return super().formatMessage(record)
+            record.message = record.message.translate(self._controls)
+        text = super().formatMessage(record)
+        return text if self._marks else re.sub("[✓✗⚠] ?", "", text)
 
-    def format(self, record: logging.LogRecord) -> str:
-        text = self._redact(super().format(record))
-        return text if self._marks else _MARKS.sub("", text)
+    def formatException(self, exc_info: Any) -> str:
+        return self._redact(super().formatException(exc_info))
 
 
 class _Console(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 has no StreamHandler[...]
@@ -146,38 +123,174 @@ class _PrivateLogFile(logging.handlers.RotatingFileHandler):
     """A rotating log with mode 0600. When it cannot be written, the console says so, once, and the run goes on."""
 
     _failed = False
-    _more = False
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._more = getattr(record, "more", False)
-        super().emit(record)
-
-    def flush(self) -> None:
-        if not self._more:
-            super().flush()
 
     def _open(self) -> Any:
-        def private(name: str, flags: int) -> int:
-            descriptor = os.open(name, flags, PRIVATE)
-            if stat.S_ISREG(os.fstat(descriptor).st_mode):  # and not /dev/null
-                os.fchmod(descriptor, PRIVATE)
-            return descriptor
+        return open(self.baseFilename, "a", encoding="utf-8", errors="backslashreplace", opener=_open_private)
 
-        return open(self.baseFilename, self.mode, encoding="utf-8", errors="backslashreplace", opener=private)
-
-    def shouldRollover(self, record: logging.LogRecord) -> bool:
-        # The original formats every record once more to know its size.
-        status = os.fstat(self.stream.fileno()) if self.stream and not self._more else None
-        return bool(status and stat.S_ISREG(status.st_mode) and 0 < self.maxBytes <= status.st_size)
-
-    def doRollover(self) -> None:
-        try:
-            super().doRollover()
-        except OSError:
-            self.maxBytes = 0  # one file that grows, rather than lines that are lost
-            self.handleError(None)
-
-    def handleError(self, record: logging.LogRecord | None) -> None:
+    def handleError(self, record: logging.LogRecord) -> None:
         if not self._failed:
             self._failed = True
             log.error("The log file %s cannot be written: %s", self.baseFilename, sys.exc_info()[1])
+
+
+def _open_private(name: str, flags: int) -> int:
+    descriptor = os.open(name, flags, PRIVATE)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):  # and not /dev/null
+        os.fchmod(descriptor, PRIVATE)
+    return descriptor
+
+
+# The results folder
+
+
+class AlreadyRunning(Exception):
+    """Another run holds the results folder."""
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the kernel releases with the process. Raises AlreadyRunning, OSError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".integration_results.lock", os.O_RDWR | os.O_CREAT, PRIVATE)
+    except OSError as error:
+        raise OSError(f"RESULTS_DIR cannot be written: {error}") from error
+    with open(descriptor, "r+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise AlreadyRunning(f"Another run holds {folder}: {lock.read() or 'just begun'}") from None
+        lock.truncate()
+        lock.write(f"process {os.getpid()}, since {datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}")
+        lock.flush()
+        yield
+
+
+to_json = json.JSONEncoder(ensure_ascii=False).encode
+from_json = json.JSONDecoder().raw_decode
+
+
+class ResultsFile:
+    """The document of contract 7: it grows line by line as `….json.partial` and takes its name when it is whole.
+
+    A line reaches the kernel at once, so that a killed process loses none, and the disk within about a second.
+    Raises OSError when folder or disk do not take it; after that nothing is written, so that there is no gap.
+    """
+
+    def __init__(self, folder: Path, run: Mapping[str, Any], started: datetime) -> None:
+        number = 1 + max((int(head.get("number", 0)) for head, _ in _earlier_runs(folder)), default=0)
+        run = {"number": number, "started_at": started.isoformat(timespec="seconds"), **run}
+        while any(folder.glob(f"integration_results_{started:%Y%m%d_%H%M%S}.json*")):
+            started += timedelta(seconds=1)
+        self.path = folder / f"integration_results_{started:%Y%m%d_%H%M%S}.json"
+        self._partial = self.path.with_suffix(".json.partial")
+        self._separator, self._synced = "", time.monotonic()
+        self._failure: OSError | None = None
+        try:
+            self._file = open(self._partial, "xb", opener=_open_private)  # noqa: SIM115
+            self._write(f'{{\n"run": {to_json(run)},\n"results": [\n')
+        except OSError as error:
+            self._partial.unlink(missing_ok=True)
+            raise OSError(f"RESULTS_DIR cannot be written: {error}") from error
+
+    @property
+    def place(self) -> str:
+        return str(self.path) if self.path.exists() else f"{self._partial}, without its end"
+
+    def add(self, line: str, *, at_once: bool = True) -> None:
+        """Add a user's line. Where nobody was told, it need not be written at once."""
+        self._write(self._separator + line, at_once=at_once)
+        self._separator = ",\n"
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        self._write(f'\n],\n"summary": {to_json(summary)}\n}}\n')
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._partial.rename(self.path)
+
+    def _write(self, text: str, *, at_once: bool = True) -> None:
+        if self._failure:
+            raise self._failure
+        try:
+            # A reply may hold half a surrogate pair, which UTF-8 cannot: backslashreplace makes it JSON's own escape.
+            self._file.write(text.encode("utf-8", "backslashreplace"))
+            if at_once:
+                self._file.flush()
+            if at_once and time.monotonic() - self._synced > 1:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
+        except OSError as error:
+            self._failure = error
+            raise
+
+
+# The memory of --changed-only: what the results files of the folder say
+
+
+def verdict(line: Mapping[str, Any]) -> str | None:
+    """What the memory keeps of a user's line: who was told what, or who failed with what and why."""
+    fingerprint = line["fingerprint"]
+    if line["status"] == "success":
+        return str(fingerprint)
+    if not line["status"].endswith("failure"):
+        return None
+    calls = [line[name] for name in ("users_update", "events_track") if line[name] and not line[name]["ok"]]
+    reasons = [[call["endpoint"], call["status"], call["code"], call["message"]] for call in calls]
+    return to_json([fingerprint, line.get("problem"), reasons])
+
+
+def read_memory(folder: Path) -> dict[str | int | None, str]:
+    """The last verdict on each user id. What cannot be read is skipped with a warning: its users are sent again.
+
+    Dry runs told nobody. A user who was not attempted keeps the verdict there was, unless a bulk call may have told
+    something newer, which the fingerprint then shows.
+    """
+    memory: dict[str | int | None, str] = {}
+    for head, path in _earlier_runs(folder, complain=True):
+        if head["mode"] != "send":
+            continue
+        damaged, torn, whole = 0, False, path.suffix == ".partial"
+        try:
+            with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+                for text in itertools.islice(lines, 3, None):
+                    if text == "],\n":
+                        whole, torn = True, False
+                        break
+                    torn = not (text.isspace() or _remember(text, memory))
+                    damaged += torn
+        except OSError as error:
+            log.warning("%s is not used as memory: %s", path, error)
+        damaged -= torn and path.suffix == ".partial"  # a run that was killed leaves its last line so
+        if damaged or not whole:
+            log.warning("%s is used as memory in part: %d line(s) are damaged or missing", path, damaged + (not whole))
+    return memory
+
+
+def _remember(text: str, memory: dict[str | int | None, str]) -> bool:
+    """Whether the line was whole."""
+    try:
+        line, end = from_json(text)
+        user, status, fingerprint = line["user_id"], line["status"], line["fingerprint"]
+        if news := verdict(line):
+            memory[user] = news
+        elif status != "not_attempted" or (fingerprint and memory.get(user) != fingerprint):
+            memory.pop(user, None)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+    return not text[end:].strip(",\n")  # else the next line may have lost its beginning
+
+
+def _earlier_runs(folder: Path, *, complain: bool = False) -> list[tuple[dict[str, Any], Path]]:
+    """Head and path of each results file, in the order of the runs' numbers: a copy changes every time stamp."""
+    runs = []
+    for path in itertools.filterfalse(Path.is_fifo, sorted(folder.glob("integration_results_*.json*"))):
+        try:
+            with path.open(encoding="utf-8", errors="replace") as lines:
+                lines.readline()
+                run = json.loads("{" + lines.readline().rstrip(",\n") + "}")["run"]
+            order = int(run.get("number", 0)), datetime.fromisoformat(run["started_at"]).timestamp(), str(run["mode"])
+            runs.append((order, run, path))
+        except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if complain and path.suffix != ".partial":  # that may be of a run that was killed at once
+                log.warning("%s is not a results file of this program, and not used: %s", path, error)
+    return [(run, path) for _, run, path in sorted(runs, key=lambda each: each[0])]

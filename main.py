@@ -5,92 +5,155 @@ One run: settings, the rows of Query 2, both calls for each user, a results file
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() listens, Ctrl-C ends the program without a traceback
-
 import argparse
 import contextlib
-import dataclasses
-import fcntl
 import functools
 import gc
 import hashlib
 import io
+import itertools
 import json
 import logging
+import math
+import mmap
 import os
 import queue
 import re
+import signal
 import sys
 import tempfile
 import threading
 import time
+from _thread import start_new_thread
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date, datetime, timedelta, timezone
-from decimal import Decimal
+from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 from urllib.request import getproxies
 
-import dotenv.parser
+try:
+    import dotenv.parser
 
-from db_connection import DatabaseConnection, DatabaseError, read_query
-from iterable_client import CallResult, IterableClient, RetryPolicy
-from logger_config import FILE_ONLY, FILE_ONLY_MORE, PRIVATE, Redactor, setup_logger
+    import iterable_client as iterable
+    import logger_config as trace
+    from db_connection import DatabaseConnection, DatabaseError, Record, read_query
+    from iterable_client import CallResult, IterableClient, Payload
+    from logger_config import FILE_ONLY, AlreadyRunning, ResultsFile, lock_folder, read_memory, redactor, setup_logger
+except ModuleNotFoundError as missing:
+    advice = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt, then .venv/bin/python main.py"
+    sys.stderr.write(f"The package {missing.name} is not installed for {sys.executable}: {advice}\n")
+    sys.exit(2)
 
 HERE = Path(__file__).resolve().parent
 QUERIES = HERE / "phase2_queries.sql"
 SUCCESS, NOT_ALL, BAD_SETTINGS, DATABASE_FAILED, GIVEN_UP, LOCKED = 0, 1, 2, 3, 4, 75  # exit codes (contract 3)
-ITERABLE_LIMIT = 500  # users/update calls a second, for a whole project
 UNUSABLE_IN_A_ROW = 20  # users without a usable answer, after which the run is given up
-MANY = 100  # users, above which the console shows progress instead of each success
-PROGRESS_SECONDS = 2.0
-LONGEST_PAUSE = 0.1  # seconds after which a stop is seen
-MEMORY = timedelta(days=8)  # a view stays in the 7-day window to the end of its last day
-SHOWN_REASONS = 10
-RESULTS = "integration_results_"
+ROOM = 64_000_000  # bytes of memory that must be free for a thread to start
+MOST_IN_FLIGHT = 20_000  # users: more would only wait for their turn, and take room
+MANY, LARGE = 100, 5000  # users, above which the console shows progress, and above which --bulk is recommended
+SHOWN_FAILURES, SHOWN_REASONS, SHOWN_PAYLOADS = 20, 10, 3
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+
+# Settings
 
 
 class SettingsError(Exception):
     """Settings are missing, empty, malformed or of no use. The text names them all, and no secret's value."""
 
-    log_file: Path | None = None
+
+@dataclass(frozen=True)
+class Settings:
+    """Contract 2: each field is the variable of that name. Paths are absolute, times in seconds."""
+
+    db_host: str
+    db_user: str
+    db_password: str = field(repr=False)
+    db_name: str
+    db_port: int
+    db_ssl_ca: str
+    iterable_api_key: str = field(repr=False)
+    iterable_api_base_url: str
+    iterable_rate_limit: int
+    iterable_max_attempts: int
+    iterable_timeout: float
+    max_workers: int
+    log_level: str
+    log_file: Path
+    results_dir: Path
 
 
-class AlreadyRunning(Exception):
-    """Another run holds the results folder."""
+def load_environment_variables(
+    env_file: Path = HERE / ".env", environ: Mapping[str, str] = os.environ, *, needs_key: bool = True
+) -> Settings:
+    """The settings of `environ` and, for what is not set there, of the `.env` file (contract 2).
+
+    Raises SettingsError with every complaint at once.
+    """
+    complaints: list[str] = []
+    values = {**read_env_file(env_file, complaints), **environ}
+    secrets = [read_secret(name, values, complaints) for name in ("DB_PASSWORD", "ITERABLE_API_KEY")]
+
+    def get(name: str, default: str | None = None, parse: Callable[[str], Any] = plain, *, blank: bool = False) -> Any:
+        text = values.get(name) if blank else values.get(name, "").strip() or default
+        try:
+            if text is None:
+                raise ValueError("is empty" if name in values else "is missing")
+            return parse(text)
+        except ValueError as complaint:
+            complaints.append(f"{name} {complaint}")
+
+    settings = Settings(
+        db_host=get("DB_HOST"),
+        db_user=get("DB_USER"),
+        db_password=get("DB_PASSWORD", blank=True),
+        db_name=get("DB_NAME"),
+        db_port=get("DB_PORT", "3306", number(1, 65535)),
+        db_ssl_ca=get("DB_SSL_CA", "", readable_file),
+        iterable_api_key=get("ITERABLE_API_KEY", None if needs_key else "", api_key),
+        iterable_api_base_url=get("ITERABLE_API_BASE_URL", "https://api.iterable.com", base_url),
+        iterable_rate_limit=get("ITERABLE_RATE_LIMIT", "450", number(1, 100_000)),
+        iterable_max_attempts=get("ITERABLE_MAX_ATTEMPTS", "5", number(1, 100)),
+        iterable_timeout=get("ITERABLE_TIMEOUT", "30", number(0.1, 3600, float)),
+        max_workers=get("MAX_WORKERS", "300", number(1, 2000)),
+        log_level=get("LOG_LEVEL", "INFO", level),
+        log_file=get("LOG_FILE", "iterable_integration.log", path),
+        results_dir=get("RESULTS_DIR", ".", path),
+    )
+    if complaints:
+        advice = f"Set them in {env_file} (cp .env.example .env, then fill it in) or in the environment"
+        said = redactor(*secrets)(f"Settings: {'; '.join(complaints)}")
+        raise SettingsError(f"{said}. {advice}. To see a run without any: bash tests/demo.sh")
+    return settings
 
 
-class Interrupted(Exception):
-    """A stop was asked for before anything was sent."""
+def read_env_file(env_file: Path, complaints: list[str]) -> dict[str, str]:
+    try:
+        text = env_file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        if not (isinstance(error, FileNotFoundError) and env_file == HERE / ".env"):
+            complaints.append(f"{env_file} cannot be read ({getattr(error, 'strerror', None) or error})")
+        return {}
+    lines = list(dotenv.parser.parse_stream(io.StringIO(text)))  # nothing is interpolated: a password may hold ${...}
+    complaints += [f"{env_file} has a line that cannot be understood"] if any(line.error for line in lines) else []
+    return {line.key: line.value or "" for line in lines if line.key}
 
 
-class IterableFailed(Exception):
-    """A check of Iterable failed."""
-
-
-class UnusableRow(ValueError):
-    """The row cannot be sent. The text says why."""
-
-
-def number(low: float, high: float, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        if not re.fullmatch(r"\d{1,9}" if kind is int else r"\d{1,9}(\.\d{1,9})?", text, re.ASCII):
-            raise ValueError(f"must be a {'whole ' * (kind is int)}number, not {text!r}")
-        if not low <= kind(text) <= high:
-            raise ValueError(f"must be from {low} to {high}, not {text}")
-        return kind(text)
-
-    return parse
+def read_secret(name: str, values: dict[str, str], complaints: list[str]) -> str:
+    """A secret of `values`, where that of the file that `<name>_FILE` names is put, without a line break at its end."""
+    if file := values.get(f"{name}_FILE", "").strip():
+        if values.get(name):
+            complaints.append(f"{name} and {name}_FILE are both set: keep one of them")
+        try:
+            values[name] = values.get(name) or re.sub(r"\r?\n\Z", "", path(file).read_bytes().decode())
+        except (OSError, ValueError) as error:
+            complaints.append(f"{name}_FILE cannot be read ({getattr(error, 'strerror', None) or 'it is not text'})")
+            values[name] = "unknown"
+    return values.get(name, "")
 
 
 def matching(pattern: str, complaint: str) -> Callable[[str], str]:
@@ -103,6 +166,8 @@ def matching(pattern: str, complaint: str) -> Callable[[str], str]:
 
 
 plain = matching(r"[^\0\ud800-\udfff]*", "has bytes that are not text")
+api_key = matching("[!-~]*", "has a character that no key has: copy it again")
+level = matching("DEBUG|INFO|WARNING|ERROR", "must be DEBUG, INFO, WARNING or ERROR")
 
 
 def path(text: str) -> Path:
@@ -110,14 +175,24 @@ def path(text: str) -> Path:
 
 
 def readable_file(text: str) -> str:
-    if text and not (os.path.isfile(path(text)) and os.access(path(text), os.R_OK)):
+    if text and not (path(text).is_file() and os.access(path(text), os.R_OK)):
         raise ValueError(f"must be a file that can be read, unlike {path(text)}")
     return text and str(path(text))
 
 
+def number(low: float, high: float, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        plausible = re.fullmatch(r"\d{1,9}" if kind is int else r"\d{1,9}(\.\d{1,9})?", text, re.ASCII)
+        if not plausible or not low <= kind(text) <= high:
+            raise ValueError(f"must be a {'whole ' * (kind is int)}number from {low} to {high}, not {text!r}")
+        return kind(text)
+
+    return parse
+
+
 def base_url(text: str) -> str:
     text = text.lower().rstrip("/").removesuffix("/api").rstrip("/")
-    parts = re.fullmatch(r"(https?)://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?", text)
+    parts = re.fullmatch(r"(https?)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", text)
     if not parts or int((parts[3] or ":443")[1:]) > 65535:
         raise ValueError("must be a host's address such as https://api.iterable.com, without path, query or user")
     if parts[1] == "http" and not re.fullmatch(r"localhost|127(\.(25[0-5]|2[0-4]\d|1?\d?\d)){3}|\[::1\]", parts[2]):
@@ -125,171 +200,44 @@ def base_url(text: str) -> str:
     return text
 
 
-def setting(parse: Callable[[str], Any] = plain, default: str | None = None, *, secret: bool = False) -> Any:
-    return field(repr=not secret, metadata={"parse": parse, "default": default})
+# A user's delivery
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Contract 2: each field is the environment variable of that name in capitals.
+class Reason(NamedTuple):
+    """Why a user failed. `endpoint` is None for a row that cannot be sent, `status` for a call that got no answer."""
 
-    Paths are absolute, times in seconds, the rate in users/update calls a second.
-    """
+    endpoint: str | None
+    status: int | None
+    code: str | None
+    message: str
 
-    db_host: str = setting()
-    db_user: str = setting()
-    db_password: str = setting(secret=True)
-    db_name: str = setting()
-    db_port: int = setting(number(1, 65535), "3306")
-    db_ssl_ca: str = setting(readable_file, "")
-    iterable_api_key: str = setting(matching("[!-~]*", "has a character that no key has: copy it again"), secret=True)
-    iterable_api_base_url: str = setting(base_url, "https://api.iterable.com")
-    iterable_rate_limit: int = setting(number(1, 100_000), "450")
-    iterable_max_attempts: int = setting(number(1, 100), "5")
-    iterable_timeout: float = setting(number(0.1, 3600, float), "30")
-    max_workers: int = setting(number(1, 2000), "300")
-    log_level: str = setting(matching("DEBUG|INFO|WARNING|ERROR", "must be DEBUG, INFO, WARNING or ERROR"), "INFO")
-    log_file: Path = setting(path, "iterable_integration.log")
-    results_dir: Path = setting(path, ".")
+    @property
+    def short(self) -> str:
+        """Which call, status and code; the advice stands in the summary."""
+        if not self.endpoint:
+            return self.message.split(":")[0]
+        return " ".join(map(str, filter(None, (self.endpoint, self.status or "no answer", self.code))))
 
 
-def load_environment_variables(
-    env_file: Path = HERE / ".env", environ: Mapping[str, str] = os.environ, *, needs_key: bool = True
-) -> Settings:
-    """The settings of `environ` and, for what is not set there, of the `.env` file (contract 2).
-
-    Raises SettingsError with every complaint at once.
-    """
-    complaints: list[str] = []
-    values = {**read_env_file(env_file, complaints), **environ}
-    parsed: dict[str, Any] = {}
-    for item in dataclasses.fields(Settings):
-        name, default = item.name.upper(), item.metadata["default"]
-        text = values.get(name, "").strip() or default
-        if name == "DB_PASSWORD":
-            text = values.get(name)  # may be empty, and blanks count
-        elif name == "ITERABLE_API_KEY" and not needs_key:
-            text = text or ""
-        try:
-            if text is None:
-                raise ValueError("is empty" if name in values else "is missing")
-            parsed[item.name] = item.metadata["parse"](text)
-        except ValueError as complaint:
-            complaints.append(f"{name} {complaint}")
-    if complaints:
-        redact = Redactor(values.get(item.name.upper(), "") for item in dataclasses.fields(Settings) if not item.repr)
-        error = SettingsError(
-            redact(f"Settings: {'; '.join(complaints)}. ")
-            + f"Set them in {env_file} (cp .env.example .env, then fill it in) or in the environment. "
-            "To see a run without any: bash tests/demo.sh"
-        )
-        error.log_file = parsed.get("log_file")
-        raise error
-    return Settings(**parsed)
-
-
-def read_env_file(env_file: Path, complaints: list[str]) -> dict[str, str]:
-    try:
-        text = env_file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        if not (isinstance(error, FileNotFoundError) and env_file == HERE / ".env"):
-            complaints.append(f"{env_file} cannot be read ({getattr(error, 'strerror', None) or error})")
-        return {}
-    lines = list(dotenv.parser.parse_stream(io.StringIO(text)))  # nothing is interpolated: a password may hold ${...}
-    complaints += [f"{env_file} cannot be understood from line {line.original.line} on" for line in lines if line.error]
-    return {line.key: line.value or "" for line in lines if line.key}
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A row of Query 2, built by keyword, so that a column that moved fails on the first row. No value is trusted."""
-
-    user_id: Any
-    first_name: Any
-    email: Any
-    plan_type: Any
-    view_id: Any
-    page: Any
-    browser: Any
-    location: Any
-    event_time: Any
-
-
-def user_payload(record: Record) -> dict[str, Any]:
-    """The body of users/update (contract 4). Raises UnusableRow."""
-    fields = {**texts(record, "first_name", "plan_type"), "recent_page_view": True, "candidate": "yes"}
-    return {"email": address(record), "dataFields": fields}
-
-
-def event_payload(record: Record) -> dict[str, Any]:
-    """The body of events/track (contract 4); `event_time` is UTC. Raises UnusableRow."""
-    if not isinstance(record.event_time, datetime):
-        raise UnusableRow("event_time is not a date with a time: correct the column in page_views")
-    at = record.event_time.replace(microsecond=0, tzinfo=timezone.utc)
-    event_id = f"page-view-{text_of(record.view_id) or '?'}"
-    if not re.fullmatch(r"[A-Za-z0-9-]{1,512}", event_id):
-        raise UnusableRow("the view has no id, or one with a character that an event id in Iterable may not have")
-    return {
-        "email": address(record),
-        "eventName": "page_view",
-        "id": event_id,
-        "createdAt": int(at.timestamp()),
-        "dataFields": {
-            **texts(record, "page", "browser", "location"),
-            "timestamp": at.replace(tzinfo=None).isoformat(sep=" "),
-            "candidate": "yes",
-        },
-    }
-
-
-def address(record: Record) -> str:
-    email = (text_of(record.email) or "").strip().lower()
-    if "@" not in email:
-        raise UnusableRow("no usable e-mail address: correct it in the customers table")
-    return email
-
-
-def texts(record: Record, *columns: str) -> dict[str, str]:
-    """The columns as text, without those that are NULL: a null would delete the field in Iterable."""
-    values = {column: text_of(getattr(record, column)) for column in columns}
-    return {column: value for column, value in values.items() if value is not None}
-
-
-def text_of(value: Any) -> str | None:
-    if isinstance(value, bytes | bytearray):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            raise UnusableRow("a column holds bytes that are not text") from None
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, Decimal):
-        return f"{value:f}"
-    if isinstance(value, set):
-        return ",".join(sorted(value))
-    if isinstance(value, timedelta):
-        seconds = abs(value) // timedelta(seconds=1)
-        sign = "-" if value < timedelta() else ""
-        return f"{sign}{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-    if isinstance(value, int | float | date):
-        return str(value)
-    raise UnusableRow(f"a column holds a {type(value).__name__}, which has no text")
+NOTHING = Payload("", "")
 
 
 @dataclass(slots=True)
 class Delivery:
     """One user of this run: what is to be sent, then what became of it. A call that was not made is None."""
 
-    number: int
-    user_id: Any
-    email: Any
+    record: int
+    user_id: int | str | None
+    email: str | None
     event_id: str | None = None
     fingerprint: str | None = None
-    payloads: tuple[dict[str, Any], ...] = ()  # of users/update and events/track
-    problem: str = ""
-    rehearsed: bool = False
+    user: Payload = NOTHING
+    event: Payload = NOTHING
+    problem: str = ""  # why the row cannot be sent
+    without_calls: str = "not_attempted"  # the status while no call was made: also would_send and unchanged
     users_update: CallResult | None = None
     events_track: CallResult | None = None
+    known: bool = False  # whether it failed before, with the same payloads and for the same reason
 
     @property
     def calls(self) -> list[CallResult]:
@@ -297,391 +245,395 @@ class Delivery:
 
     @property
     def status(self) -> str:
-        """One of contract 7."""
+        """One of contract 7, or `unchanged`."""
         if not self.calls:
-            return "total_failure" if self.problem else "would_send" if self.rehearsed else "not_attempted"
+            return "total_failure" if self.problem else self.without_calls
         if any(call.forgotten for call in self.calls):
             return "forgotten"
         return ("total_failure", "partial_failure", "success")[sum(call.ok for call in self.calls)]
 
-    def as_json(self) -> str:
-        """The user's line in the results file."""
-        line = {"record": self.number, "user_id": self.user_id, "email": self.email, "event_id": self.event_id}
-        line |= {"status": self.status}
-        for name in ("users_update", "events_track"):
-            call = getattr(self, name)
-            line[name] = call and {key: getattr(call, key) for key in ("ok", "status", "code", "message", "attempts")}
+    @property
+    def to_send(self) -> bool:
+        return bool(self.user.json) and not self.problem and self.without_calls == "not_attempted"
+
+    @property
+    def reasons(self) -> list[Reason]:
+        """Why the user failed, one for each call that did."""
         if self.problem:
-            line["problem"] = self.problem
-        if self.rehearsed and self.payloads:
-            line["payloads"] = dict(zip(("users_update", "events_track"), self.payloads, strict=True))
-        return to_json({**line, "fingerprint": self.fingerprint})
+            return [Reason(None, None, None, self.problem)]
+        reasons = [Reason(call.endpoint, call.status, call.code, call.reason) for call in self.calls if not call.ok]
+        return reasons or [Reason("events/track", None, None, "the run ended before the event was sent")]
+
+    def as_line(self) -> dict[str, Any]:
+        """The user's line in the results file (contract 7)."""
+        line: dict[str, Any] = {
+            name: getattr(self, name) for name in ("record", "user_id", "email", "event_id", "status")
+        }
+        for name, call in (("users_update", self.users_update), ("events_track", self.events_track)):
+            line[name] = call and call.as_json
+        line |= {"problem": self.problem} if self.problem else {}
+        return {**line, "fingerprint": self.fingerprint}
 
 
-def prepare(number: int, record: Record, settings: Settings) -> Delivery:
-    """Its fingerprint is a SHA-256 of both payloads and of the project that they go to (contract 7)."""
-    delivery = Delivery(number, shown(record.user_id), shown(record.email))
+def prepare(number: int, record: Record, settings: Settings, seen: dict[str, Any]) -> Delivery:
+    """The delivery of a row. Two customers of one address, or two rows of one view, would race each other.
+
+    The fingerprint is a SHA-256 of both payloads and of the project that they go to (contract 7).
+    """
+    delivery = Delivery(number, printable(record.user_id), printable(record.email))
     try:
-        user, event = delivery.payloads = user_payload(record), event_payload(record)
-    except UnusableRow as problem:
+        user, event = iterable.user_payload(record), iterable.event_payload(record)
+    except iterable.UnusableRow as problem:
         delivery.problem = str(problem)
         return delivery
-    told = json.dumps([user, event, settings.iterable_api_base_url, settings.iterable_api_key])
-    delivery.email, delivery.event_id = user["email"], event["id"]
+    email, event_id = delivery.email, delivery.event_id = user["email"], event["id"]
+    delivery.user, delivery.event = Payload(email, iterable.to_json(user)), Payload(email, iterable.to_json(event))
+    project = f"{settings.iterable_api_base_url} {settings.iterable_api_key}"
+    told = f"{delivery.user.json} {delivery.event.json} {project}"
     delivery.fingerprint = hashlib.sha256(told.encode()).hexdigest()
+    if email in seen:
+        delivery.problem = f"customer {seen[email]} has the same address: merge the two"
+    elif event_id in seen:
+        delivery.problem = f"customer {seen[event_id]} has the same page view: make page_views.id unique"
+    else:
+        seen[email] = seen[event_id] = delivery.user_id
     return delivery
 
 
-def shown(value: Any) -> Any:
-    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes | bytearray) else value
+def printable(value: Any) -> Any:
+    """A value of a row as JSON can have it."""
+    if isinstance(value, bytes | bytearray):
+        return value.decode("utf-8", "backslashreplace")
+    return value if value is None or isinstance(value, int | str) else str(value)
 
 
-def to_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
-class ResultsFile:
-    """The document of contract 7: it grows line by line as `….json.partial` and takes its name when it is whole.
-
-    The line of a user who was told reaches the kernel at once, so that a killed process loses none, and the disk within
-    about a second.
-    Raises OSError when folder or disk do not take it.
-    """
-
-    def __init__(self, folder: Path, run: Mapping[str, Any], started: datetime) -> None:
-        while True:
-            self.path = folder / f"{RESULTS}{started:%Y%m%d_%H%M%S}.json"
-            self._partial = self.path.with_suffix(".json.partial")
-            if not self.path.exists() and not self._partial.exists():  # only one run at a time gets here
-                break
-            started += timedelta(seconds=1)
-        descriptor = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE)
-        # A reply may hold half a surrogate pair, which UTF-8 cannot: backslashreplace makes it JSON's own escape.
-        self._file = open(descriptor, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-        self._separator = ""
-        self._broken: OSError | None = None
-        self._synced = time.monotonic()
-        try:
-            self._write(f'{{\n"run": {to_json(run)},\n"results": [\n')
-        except OSError:
-            self._partial.unlink()
-            raise
-
-    def add(self, delivery: Delivery) -> None:
-        self._write(self._separator + delivery.as_json(), at_once=bool(delivery.calls))
-        self._separator = ",\n"
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        self._write(f'\n],\n"summary": {to_json(summary)}\n}}\n')
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._partial.rename(self.path)
-
-    def _write(self, text: str, *, at_once: bool = True) -> None:
-        if self._broken:
-            raise self._broken
-        try:
-            self._file.write(text)
-            if at_once:
-                self._file.flush()
-            if at_once and time.monotonic() - self._synced > 1:
-                os.fsync(self._file.fileno())
-                self._synced = time.monotonic()
-        except OSError as error:  # nothing is written after a gap
-            self._broken = error
-            with contextlib.suppress(OSError):
-                self._file.close()
-            raise
-
-
-TEXT = r'"[^"\\]*(?:\\.[^"\\]*)*"'  # of JSON; linear, for damaged lines
-RESULT_LINE = re.compile(
-    rf'\{{"record": \d+, "user_id": ({TEXT}|[^",]+), "email": (?:{TEXT}|[^",]+), "event_id": [^,]+, '
-    r'"status": "(\w+)", .*"fingerprint": (?:"([0-9a-f]{64})"|null)\},?\n?'.encode()
-)
-
-
-def read_memory(folder: Path, stop: threading.Event) -> dict[bytes, bytes]:
-    """Fingerprints by user id (both as in JSON) of the users whose last calls succeeded in the last 8 days.
-
-    Read from the results files, the oldest first, partial ones too. What cannot be read is skipped with a warning: its
-    users are sent again, which is harmless.
-    """
-    memory: dict[bytes, bytes] = {}
-    files = []
-    for file in folder.glob(f"{RESULTS}*.json*"):
-        with contextlib.suppress(OSError):  # gone by now
-            files += [(file.stat().st_mtime, file)] if file.is_file() else []
-    for changed, path in sorted(files):
-        if changed >= time.time() - MEMORY.total_seconds() and not stop.is_set():
-            try:
-                problem = remember(path, memory)
-            except OSError as error:
-                problem = str(error)
-            if problem:
-                log.warning("%s is not used as memory, in part or whole: %s", path.name, problem)
-    return memory
-
-
-def remember(path: Path, memory: dict[bytes, bytes]) -> str:
-    """Add what one results file says to the memory; what is wrong with the file, or nothing."""
-    with path.open("rb") as lines:
-        head = [lines.readline() for _ in range(3)]
-        try:
-            sent = json.loads(b"{" + head[1].rstrip(b",\n") + b"}")["run"]["mode"] == "send"
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return "it is not a results file of this program"
-        damaged, whole = 0, path.suffix == ".partial"
-        for line in lines:
-            found = RESULT_LINE.fullmatch(line)
-            if line == b"],\n":
-                whole = True
-                break
-            if not found:
-                damaged += line != b"\n"
-            elif sent and found[2] == b"success":
-                memory[found[1]] = found[3]
-            elif sent and found[3] and found[2] != b"not_attempted" and memory.get(found[1]) != found[3]:
-                memory.pop(found[1], None)  # Iterable may hold something newer than what was delivered before
-    return f"{damaged} damaged line(s)" if damaged else "" if whole else "its end is missing"
+# Sending
 
 
 class Stop(threading.Event):
-    """Set when no new user may start: by a signal, whose number it then holds, or because the run is given up."""
+    """Set when no new user may start. The first reason for it is how the run ends, in the words of contract 7."""
 
-    signum: int | None = None
+    outcome, exit_code, why = "completed", SUCCESS, ""
+    sending = False  # before, a signal simply ends the process
+
+    def ask(self, outcome: str, exit_code: int, why: str) -> None:
+        if not self.why:
+            self.outcome, self.exit_code, self.why = outcome, exit_code, why
+        self.set()
 
 
 def listen_for_signals() -> Stop:
-    """The first SIGINT or SIGTERM sets the Stop, a second one ends the process at once.
+    """The first SIGINT, SIGTERM or SIGHUP asks for a stop, a second one ends the process at once.
 
-    A thread waits for them: no line of the program is interrupted, and none that blocks in C delays them.
+    A thread waits for them: no line of the program is interrupted, and none that blocks in C delays them. For the
+    second it needs no further thread, and no console that takes its words.
     """
     stop = Stop()
-    # Under nohup, or in the background of a script, SIGINT is ignored and stays so.
-    signals = {one for one in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(one) != signal.SIG_IGN}
+    every = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+    signals = {one for one in every if signal.getsignal(one) != signal.SIG_IGN}  # nohup's and a script's stay ignored
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # threads that start later inherit it
+    if signal.SIGINT in signals:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # and not Python's, which waits for the main thread
 
     def listen() -> None:
-        stop.signum = signal.sigwait(signals)
-        stop.set()
-        said = f"{signal.Signals(stop.signum).name}: no new user starts, those already started are finished"
-        threading.Thread(target=log.warning, args=(said,), daemon=True).start()  # a console may block it
+        first = signal.Signals(signal.sigwait(signals))
+        if not stop.sending:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # a second one ends what a console may block
+            log.warning("Stopped by %s before the first user: nothing was sent", first.name, extra=FILE_ONLY)
+            os._exit(128 + first)
+        stop.ask("interrupted", 128 + first, f"Stopped by {first.name}")
         os._exit(128 + signal.sigwait(signals))
 
-    threading.Thread(target=listen, daemon=True).start()
+    try:
+        threading.Thread(target=listen, daemon=True).start()
+    except RuntimeError as error:
+        raise MemoryError("no thread can be started: raise ulimit -u or -v") from error
     return stop
 
 
-def in_background(stop: Stop, work: Callable[[], T]) -> T:
-    """Do `work` in a thread of its own, for it may block where no stop reaches it. Raises Interrupted on a signal."""
-    future: Future[T] = Future()
+class Crew:
+    """Threads that do `work` on groups of deliveries: `most` of them, or as many as there can be.
 
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - raised again below
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    while not (wait([future], timeout=0.1).done or stop.signum):
-        pass
-    if stop.signum:
-        raise Interrupted
-    return future.result()
-
-
-@contextlib.contextmanager
-def only_run(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the kernel releases with the process. Raises AlreadyRunning, OSError."""
-    descriptor = os.open(folder / ".integration_results.lock", os.O_RDWR | os.O_CREAT, PRIVATE)
-    with open(descriptor, "r+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise AlreadyRunning(f"Another run holds {folder}: {lock.read() or 'just begun'}") from None
-        lock.truncate()
-        lock.write(f"process {os.getpid()}, since {datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}")
-        lock.flush()
-        yield
-
-
-def connect(settings: Settings, stop: Stop) -> DatabaseConnection:
-    return DatabaseConnection(
-        host=settings.db_host,
-        user=settings.db_user,
-        password=settings.db_password,
-        database=settings.db_name,
-        port=settings.db_port,
-        ssl_ca=settings.db_ssl_ca,
-        stop=stop,
-    )
-
-
-def read_rows(settings: Settings, stop: Stop) -> deque[dict[str, Any]]:
-    """The rows of Query 2, one a user, in the order of customer id. Raises DatabaseError."""
-    query = read_query(QUERIES, "query_2")
-    with connect(settings, stop) as database:
-        log.info("[STEP 3] Executing Phase 2 Query 2...")
-        rows = database.execute_query(query)
-    columns = {column.name for column in dataclasses.fields(Record)}
-    if rows and set(rows[0]) != columns:
-        raise DatabaseError(f"Query 2 must return {', '.join(sorted(columns))}, not {', '.join(sorted(rows[0]))}")
-    return deque(rows)
-
-
-def send(delivery: Delivery, client: IterableClient, done: queue.SimpleQueue[Delivery | BaseException]) -> None:
-    """Both calls of one user, in a thread of the pool."""
-    try:
-        user, event = delivery.payloads
-        delivery.users_update = client.update_user(user, in_turn=True)
-        if delivery.users_update and not delivery.users_update.forgotten:
-            delivery.events_track = client.track_event(event)
-        delivery.payloads = ()  # what waits for its turn to be reported is small
-        done.put(delivery)
-    except BaseException as error:  # noqa: BLE001 - raised again in the main thread
-        done.put(error)
-
-
-def deliver(deliveries: Iterator[Delivery], client: IterableClient, workers: int) -> Iterator[Delivery | None]:
-    """Send everything, many users at once, and yield each user as it is done; None when none was for a while.
-
-    A user is given to the pool when its turn at the rate limit has come. So the pool grows to as many threads as are
-    busy at that rate, which is rate times latency, and nothing piles up behind the limit.
+    Not threading.Thread: its start() waits for ever for a thread that dies at birth for want of memory. Raises
+    RuntimeError when none comes alive.
     """
-    done: queue.SimpleQueue[Delivery | BaseException] = queue.SimpleQueue()
-    in_flight = 0
-    upcoming = next(deliveries, None)
-    with ThreadPoolExecutor(workers) as pool:
-        while upcoming or in_flight:
-            pause = LONGEST_PAUSE
-            while upcoming and (in_flight < workers or client.stopped):
-                if upcoming.problem or client.stopped:
-                    yield upcoming
-                elif wait := client.take_turn():
-                    pause = min(wait, pause)
-                    break
+
+    def __init__(self, work: Callable[[list[Delivery]], None], most: int) -> None:
+        self._work = work
+        self._todo, self._done = queue.SimpleQueue[list[Delivery]](), queue.SimpleQueue[Any]()
+        self._threads = self.groups = self.users = 0  # the latter two in flight
+        with contextlib.suppress(RuntimeError, OSError, queue.Empty):
+            while self._threads < most:
+                mmap.mmap(-1, ROOM).close()  # where nothing is left for the calls, libraries crash
+                start_new_thread(self._run, ())
+                self._done.get(timeout=10)  # it is alive
+                self._threads += 1
+        if not self._threads:
+            raise RuntimeError("no thread can be started: raise ulimit -u or -v")
+        if self._threads < most:
+            log.warning("Only %d thread(s) can be started: lower MAX_WORKERS, or raise ulimit -u or -v", self._threads)
+
+    @property
+    def has_room(self) -> bool:
+        return self.groups < self._threads and self.users < MOST_IN_FLIGHT
+
+    def give(self, group: list[Delivery]) -> None:
+        self._todo.put(group)
+        self.groups += 1
+        self.users += len(group)
+
+    def take(self, timeout: float) -> list[Delivery]:
+        """A group that is done, or nothing after `timeout` seconds. Raises what the work raised."""
+        try:
+            group, error = self._done.get(timeout=timeout)
+        except queue.Empty:
+            return []
+        self.groups -= bool(group)  # a thread that came alive late has none
+        self.users -= len(group)
+        if error:
+            raise error
+        return list(group)
+
+    def _run(self) -> None:
+        self._done.put(([], None))
+        while True:
+            self._done.put(self._do(self._todo.get()))  # no name here, which would keep a group that is done
+
+    def _do(self, group: list[Delivery]) -> tuple[list[Delivery], BaseException | None]:
+        try:
+            self._work(group)
+        except BaseException as error:  # noqa: BLE001 - raised again by take()
+            return group, error
+        return group, None
+
+
+def send(group: Sequence[Delivery], client: IterableClient) -> None:
+    """Both calls of a group, as far as they are still to be made. Runs in a thread of the crew."""
+    update = [each for each in group if each.users_update is None]
+    make(update, "users_update", lambda: client.update_users([each.user for each in update]))
+    track = [each for each in group if each.users_update and not each.users_update.forgotten]
+    make(track, "events_track", lambda: client.track_events([each.event for each in track]))
+
+
+def make(group: Sequence[Delivery], name: str, call: Callable[[], iterable.Verdicts]) -> None:
+    """Make a call. Should it raise, it is on record as one without an answer, for the users may have been told."""
+    broken = CallResult(name.replace("_", "/"), False, reason="an unexpected error: see the log file")
+    results: iterable.Verdicts = [broken] * len(group)
+    try:
+        results = call()
+    finally:
+        for delivery, result in zip(group, results, strict=True):
+            setattr(delivery, name, result)
+
+
+def in_groups(deliveries: Iterable[Delivery], most: int) -> Iterator[list[Delivery]]:
+    """Groups of at most `most` users and 1 MB of payloads. Who is not to be sent makes a group alone."""
+    group: list[Delivery] = []
+    size = 0
+    for delivery in deliveries:
+        if not delivery.to_send:
+            yield [delivery]
+            continue
+        length = len(delivery.user.json) + len(delivery.event.json) + 2
+        if group and (len(group) == most or size + length > iterable.MOST_BYTES):
+            yield group
+            group, size = [], 0
+        group.append(delivery)
+        size += length
+    if group:
+        yield group
+
+
+def deliver(groups: Iterator[list[Delivery]], crew: Crew, stop: Stop) -> Iterator[Delivery | None]:
+    """Send the groups, and yield each user when it is done; None when none was for a while.
+
+    Who has no verdict after a bulk call comes back as a group of one. Who has the update gets the event after a stop.
+    """
+    singly: deque[list[Delivery]] = deque()
+    upcoming = next(groups, None)
+    while singly or upcoming or crew.groups:
+        pause = 0.1  # seconds after which a stop is seen
+        if (singly or upcoming) and crew.has_room:
+            pause = 0.0
+            group = singly.popleft() if singly else upcoming or []
+            upcoming = next(groups, None) if group is upcoming else upcoming
+            if group[0].to_send and (group[0].users_update or not stop.is_set()):
+                crew.give(group)
+            else:
+                yield from group
+        if crew.groups:
+            done = crew.take(pause)
+            for delivery in done:
+                if delivery.events_track or len(done) == 1:
+                    yield delivery
                 else:
-                    try:
-                        pool.submit(send, upcoming, client, done)
-                    except RuntimeError as error:  # no further thread, but the delivery is queued for those there are
-                        if not in_flight:
-                            raise SettingsError("No thread can be started: raise the limit of processes") from error
-                    in_flight += 1
-                upcoming = next(deliveries, None)
-            if upcoming or in_flight:
-                try:
-                    ended = done.get(timeout=pause)
-                except queue.Empty:
-                    yield None
-                    continue
-                if isinstance(ended, BaseException):
-                    raise ended
-                in_flight -= 1
-                yield ended
+                    singly.append([delivery])
+            if not done:
+                yield None
+
+
+def deliver_all(
+    records: deque[Record], client: IterableClient, settings: Settings, options: argparse.Namespace, report: Report
+) -> None:
+    """Send all that is to be sent, record each user when it is done, and give up when going on is of no use.
+
+    Whatever goes wrong on the way, who was told is on record in the end, and the rest is not attempted.
+    """
+    stop, crew = report.stop, None
+    groups = in_groups(prepared(records, settings, options, report), iterable.MOST_ITEMS if options.bulk else 1)
+    try:
+        crew = Crew(functools.partial(send, client=client), min(settings.max_workers, max(report.total, 1)))
+        for delivery in deliver(groups, crew, stop):
+            report.progress()
+            if delivery:
+                report.record(delivery)
+            if report.unusable_in_a_row >= UNUSABLE_IN_A_ROW and not stop.is_set():
+                client.halt()
+                stop.ask("aborted", GIVEN_UP, f"{UNUSABLE_IN_A_ROW} users in a row got no usable answer")
+            if client.refused:
+                stop.ask("aborted", GIVEN_UP, client.refused.reason)
+    except Exception as error:  # out of memory or of threads, or what nobody thought of
+        log.critical("Unexpected error", exc_info=True, extra=FILE_ONLY)
+        why = "out of memory" if isinstance(error, MemoryError) else f"{type(error).__name__}: {error}"
+        stop.ask("aborted", NOT_ALL, f"{why}; the log file has the details")
+        while crew and crew.groups:
+            with contextlib.suppress(Exception):
+                crew.take(0.1)
+        for delivery in itertools.chain([*report.open.values()], prepared(records, settings, options, report)):
+            report.record(delivery)
+
+
+def prepared(
+    records: deque[Record], settings: Settings, options: argparse.Namespace, report: Report
+) -> Iterator[Delivery]:
+    """A delivery for each record. Uses up the records; what is left at a stop is not prepared."""
+    seen: dict[str, Any] = {}
+    while records:
+        number = report.total - len(records) + 1
+        if report.stop.is_set():
+            delivery = Delivery(number, printable(records[0].user_id), printable(records[0].email))
+        else:
+            delivery = prepare(number, records[0], settings, seen)
+            if delivery.fingerprint and report.memory.get(delivery.user_id) == delivery.fingerprint:
+                delivery.without_calls = "unchanged"
+            elif options.dry_run:
+                delivery.without_calls = "would_send"
+        report.open[number] = delivery
+        records.popleft()
+        yield delivery
+
+
+# Reporting
+
+TOLD = {
+    "success": (logging.INFO, "✓ Successfully processed user"),
+    "forgotten": (logging.INFO, "Forgotten at the user's own request, so not told"),
+    "partial_failure": (logging.ERROR, "⚠ Partially processed user"),
+    "total_failure": (logging.ERROR, "✗ Failed user"),
+}
+COUNTED = {
+    "success": "✓ Successful (both API calls)",
+    "partial_failure": "⚠ Partial failures (one call failed)",
+    "total_failure": "✗ Total failures (both calls failed)",
+}
+COUNTED_IN_DRY_RUN = {"would_send": "Would send", "total_failure": "Cannot be sent"}
+COUNTED_IF_ANY = {
+    "forgotten": "Forgotten at their own request",
+    "unchanged": "Unchanged since they were delivered, not sent again",
+    "not_attempted": "Not attempted",
+}
 
 
 class Report:
-    """Counts what became of the users, and tells console and log in the order of the records (contract 6)."""
+    """What becomes of the users: counted, on record, and told in the order of the records (contract 6 and 7)."""
 
-    def __init__(self) -> None:
-        self.total = 0
-        self.outcome, self.why, self._exit_code = "completed", "", SUCCESS
-        self.off_record = False  # the results file takes no more, so console and log have to name who was told
-        self.counts: Counter[str] = Counter()
-        self.reasons: Counter[tuple[str | None, int | None, str | None, str]] = Counter()
-        self.calls = self.retries = self.unusable_in_a_row = 0
-        self._waiting: dict[int, Delivery | None] = {}
-        self._next = 1
+    def __init__(
+        self, total: int, options: argparse.Namespace, memory: Mapping[Any, str], results: ResultsFile, stop: Stop
+    ) -> None:
+        self.total, self.options, self.memory, self.results, self.stop = total, options, memory, results, stop
+        self.open: dict[int, Delivery] = {}  # not yet on record
+        self.counts: Counter[str] = Counter()  # by status
+        self.unusable_in_a_row = self._told = self._told_failures = 0
+        self._reasons, self._known_reasons = Counter[Reason](), Counter[Reason]()  # each with the number of users
+        self._untold: dict[int, Delivery] = {}
         self._began = time.monotonic()
         self._trail = deque([(self._began, 0)], maxlen=6)  # (when, users done) of the last progress lines
-
-    def unchanged(self, number: int) -> None:
-        self.counts["unchanged"] += 1
-        self._waiting[number] = None
-
-    def add(self, delivery: Delivery) -> None:
-        self.counts[delivery.status] += 1
-        for call in delivery.calls:
-            self.calls += call.attempts
-            self.retries += call.attempts - 1
-            if not call.ok and not call.forgotten:
-                self.reasons[call.endpoint, call.status, call.code, call.reason] += 1
-        if delivery.problem:
-            self.reasons[None, None, None, delivery.problem] += 1
-        if delivery.calls:
-            usable = any(call.usable for call in delivery.calls)
-            self.unusable_in_a_row = 0 if usable else self.unusable_in_a_row + 1
-        self._waiting[delivery.number] = delivery
-        while self._next in self._waiting:
-            if ready := self._waiting.pop(self._next):
-                self._tell(ready)
-            self._next += 1
 
     @property
     def failures(self) -> int:
         return self.counts["partial_failure"] + self.counts["total_failure"]
 
+    def record(self, delivery: Delivery) -> None:
+        """Put a user on record who is done, and tell whose turn it is."""
+        line, status = delivery.as_line(), delivery.status
+        text = trace.to_json(line)
+        if status == "would_send":
+            payloads = f'{{"users_update": {delivery.user.json}, "events_track": {delivery.event.json}}}'
+            text = f'{text[:-1]}, "payloads": {payloads}}}'
+        delivery.known = status.endswith("failure") and self.memory.get(delivery.user_id) == trace.verdict(line)
+        try:
+            if status != "unchanged":
+                self.results.add(text, at_once=bool(delivery.calls))
+        except OSError as error:
+            advice = "make room, or change RESULTS_DIR; whom the log alone names is told once more by the next run"
+            self.stop.ask("aborted", NOT_ALL, f"{self.results.path} cannot be written ({error}): {advice}")
+        del self.open[delivery.record]
+        self.counts[status] += 1
+        if delivery.calls:
+            self.unusable_in_a_row = 0 if any(call.usable for call in delivery.calls) else self.unusable_in_a_row + 1
+        if status.endswith("failure"):
+            once = {reason.message: reason for reason in reversed(delivery.reasons)}  # both calls may fail for it
+            self._reasons.update(once.values())
+            self._known_reasons.update(once.values() if delivery.known else ())
+        self._untold[delivery.record] = delivery
+        while ready := self._untold.pop(self._told + 1, None):
+            self._told += 1
+            self._tell(ready)
+
     def _tell(self, delivery: Delivery) -> None:
-        status, who = delivery.status, delivery.email
-        if status in ("not_attempted", "would_send"):
+        """Above 100 users the console has progress and the first failures, and the log one line a success."""
+        many, status = self.total > MANY, delivery.status
+        if status == "would_send" and self.counts[status] <= SHOWN_PAYLOADS:
+            log.info("users/update %s", trace.to_json(json.loads(delivery.user.json)))
+            log.info("events/track %s", trace.to_json(json.loads(delivery.event.json)))
+        if status not in TOLD:
             return
-        where = f"(record {delivery.number}/{self.total}, {who})"
-        unseen = self.total > MANY and status in ("success", "forgotten")
-        quietly, last = (FILE_ONLY_MORE, FILE_ONLY) if unseen else ({}, {})
-        if not unseen:
-            log.info("")
-        log.info("Processing record %d/%d", delivery.number, self.total, extra=quietly)
+        level, words = TOLD[status]
+        who = str(delivery.email or "").strip() or f"customer {delivery.user_id}"
+        place = f"record {delivery.record}/{self.total}"
+        known = delivery.known and self.options.quiet
+        self._told_failures += level == logging.ERROR and not known
+        hidden = known or (many and (level == logging.INFO or self._told_failures > SHOWN_FAILURES))
+        extra = FILE_ONLY if hidden else {}
+        if not many:
+            log.info("", extra=extra)
+            log.info("Processing record %d/%d", delivery.record, self.total, extra=extra)
         for call in delivery.calls:
-            weight = logging.INFO if call.ok or call.forgotten else logging.ERROR
-            log.log(weight, "%s %s", call.headline, where, extra=FILE_ONLY_MORE if call.ok else quietly)
-            if call.body:
-                log.log(weight, "Response: %s", call.body, extra=quietly)
-        if status == "success" and self.off_record:
-            log.warning("✓ Successfully processed user: %s (perhaps not in the results file)", who)
-        elif status == "success":
-            log.info("✓ Successfully processed user: %s", who, extra=last)
-        elif status == "forgotten":
-            log.info("Forgotten at the user's own request, so not told: %s", who, extra=last)
-        else:
-            mark = "⚠ Partially processed" if status == "partial_failure" else "✗ Failed"
-            reasons = [f"{call.endpoint}: {call.reason}" for call in delivery.calls if not call.ok]
-            log.error("%s user: %s: %s", mark, who, "; ".join(reasons) or delivery.problem or "the run was given up")
+            weight = logging.DEBUG if call.ok and many else logging.INFO if call.ok else level
+            log.log(weight, "%s (%s, %s)", call.headline, place, who, extra=FILE_ONLY)
+            if not call.ok:
+                log.log(weight, "Response: %s", call.body or call.message, extra=FILE_ONLY)
+        why = f": {', '.join(reason.short for reason in delivery.reasons)}" if level == logging.ERROR else ""
+        log.log(level, "%s: %s%s%s", words, who, f" ({place})" if many else "", why, extra=extra)
 
     def progress(self) -> None:
         """A line every 2 seconds in a long run. The speed is that of the last 10 seconds."""
         now = time.monotonic()
-        if self.total <= MANY or now - self._trail[-1][0] < PROGRESS_SECONDS:
-            return
-        done = sum(self.counts.values())
-        then, done_then = self._trail[0]
-        speed = (done - done_then) / (now - then)
-        left = f"{(self.total - done) / speed:.0f} s left" if speed else f"no user done for {now - then:.0f} s"
-        self._trail.append((now, done))
-        text = "Progress: %d/%d (%d %%), %.1f users/s, %s, failures: %d"
-        log.info(text, done, self.total, 100 * done // self.total, speed, left, self.failures)
+        if self.total > MANY and now - self._trail[-1][0] >= 2:
+            done, (then, done_then) = self.counts.total(), self._trail[0]
+            speed = (done - done_then) / (now - then)
+            left = f"{(self.total - done) / speed:.0f} s left" if speed else f"no user done for {now - then:.0f} s"
+            self._trail.append((now, done))
+            text = "Progress: %d/%d (%d %%), %.1f users/s, %s, failures: %d"
+            log.info(text, done, self.total, 100 * done // self.total, speed, left, self.failures)
 
-    def end(self, outcome: str, exit_code: int, why: str) -> None:
-        """The run does not complete. The first reason counts."""
-        if self.outcome == "completed":
-            self.outcome, self._exit_code, self.why = outcome, exit_code, why
-
-    @property
-    def attempted(self) -> int:
-        return sum(self.counts[status] for status in ("success", "partial_failure", "total_failure", "forgotten"))
-
-    @property
-    def exit_code(self) -> int:
-        return self._exit_code or (NOT_ALL if self.failures else SUCCESS)
-
-    def summary(self) -> dict[str, Any]:
+    def summary(self, client: IterableClient) -> dict[str, Any]:
         """The summary of contract 7. In a dry run nobody is attempted."""
-        seconds = round(time.monotonic() - self._began, 3)
-        counts = self.counts
-        keys = ("endpoint", "status", "code", "message")
+        counts, seconds = self.counts, round(time.monotonic() - self._began, 3)
+        done = counts["success"] + self.failures + counts["forgotten"]
         return {
-            "outcome": self.outcome,
-            "exit_code": self.exit_code,
+            "outcome": self.stop.outcome,
+            "exit_code": self.stop.exit_code or (NOT_ALL if self.failures else SUCCESS),
             "total_users": self.total,
             "success": counts["success"],
             "partial_failures": counts["partial_failure"],
@@ -689,291 +641,231 @@ class Report:
             "forgotten": counts["forgotten"],
             "unchanged": counts["unchanged"],
             "not_attempted": counts["not_attempted"] + counts["would_send"],
-            "calls": self.calls,
-            "retries": self.retries,
+            "calls": client.calls,
+            "retries": client.retries,
             "duration_seconds": seconds,
-            "users_per_second": round(self.attempted / seconds, 1) if seconds else 0.0,
-            "failure_reasons": [
-                {**dict(zip(keys, reason, strict=True)), "count": count} for reason, count in self.reasons.most_common()
-            ],
+            "users_per_second": round(done / seconds, 1) if seconds else 0.0,
+            "failure_reasons": [{**reason._asdict(), "count": count} for reason, count in self._reasons.most_common()],
         }
 
-
-def tell_summary(summary: Mapping[str, Any], results: str) -> None:
-    """The summary of contract 6; a run that went wrong shows it under --quiet, too."""
-    lines = [
-        "",
-        "INTEGRATION SUMMARY",
-        f"Total users processed: {summary['total_users']}",
-        f"✓ Successful (both API calls): {summary['success']}",
-        f"⚠ Partial failures (one call failed): {summary['partial_failures']}",
-        f"✗ Total failures (both calls failed): {summary['total_failures']}",
-    ]
-    for key, words in (
-        ("forgotten", "Forgotten at their own request"),
-        ("unchanged", "Unchanged since they were delivered, not sent again"),
-        ("not_attempted", "Not attempted"),
-    ):
-        lines += [f"{words}: {summary[key]}"] if summary[key] else []
-    reasons = summary["failure_reasons"]
-    for reason in reasons[:SHOWN_REASONS]:
-        what = [str(reason[key]) for key in ("endpoint", "status", "code") if reason[key] is not None]
-        lines.append(f"  {reason['count']} x {' '.join(what) or 'row'}: {reason['message']}")
-    if len(reasons) > SHOWN_REASONS:
-        lines.append(f"  and {len(reasons) - SHOWN_REASONS} other reasons, all in the results file")
-    if summary["exit_code"] in (BAD_SETTINGS, DATABASE_FAILED):
-        lines = []  # there is nothing to sum up
-    lines.append(f"Results: {results}")
-    lines.append(f"Time: {summary['duration_seconds']:.1f} s, {summary['users_per_second']:.1f} users a second")
-    for line in lines:
-        log.log(logging.WARNING if summary["exit_code"] else logging.INFO, line)
+    def tell_summary(self, summary: Mapping[str, Any]) -> None:
+        """The summary of contract 6; under --quiet only when something is wrong that no earlier run has told."""
+        news = self._reasons - self._known_reasons if self.options.quiet else self._reasons
+        lines = ["", "INTEGRATION SUMMARY", f"Total users processed: {self.total}"]
+        counted = COUNTED_IN_DRY_RUN if self.options.dry_run else COUNTED
+        lines += [f"{words}: {self.counts[status]}" for status, words in counted.items()]
+        lines += [f"{words}: {self.counts[status]}" for status, words in COUNTED_IF_ANY.items() if self.counts[status]]
+        for reason, count in news.most_common(SHOWN_REASONS):
+            words = [reason.short] * bool(reason.endpoint) + [reason.message] * (reason.message not in self.stop.why)
+            lines.append(f"  {count} user{'s' * (count > 1)}: {': '.join(words)}")
+        if len(news) > SHOWN_REASONS:
+            lines.append(f"  and {len(news) - SHOWN_REASONS} other reasons, all in the results file")
+        lines.append(f"Results: {self.results.place}")
+        lines.append(f"Time: {summary['duration_seconds']:.1f} s, {summary['users_per_second']:.1f} users a second")
+        if why := self.stop.why:
+            log.info("")
+            log.error("The run ended early: %s", why)
+        for line in lines:
+            log.log(logging.WARNING if why or news else logging.INFO, line)
+        for reason, count in (self._reasons - news).items():
+            log.info("As an earlier run has told, %d of %s: %s", count, reason.short, reason.message, extra=FILE_ONLY)
 
 
-def describe_run(settings: Settings, options: argparse.Namespace, started: datetime) -> dict[str, Any]:
-    """The head of the results file."""
-    server = settings.db_host if settings.db_host.startswith("/") else f"{settings.db_host}:{settings.db_port}"
-    return {
-        "started_at": started.isoformat(timespec="seconds"),
-        "mode": "dry-run" if options.dry_run else "send",
-        "database": f"{settings.db_name} on {server}",
-        "iterable": settings.iterable_api_base_url,
-        "options": {"limit": options.limit, "changed_only": options.changed_only},
-    }
-
-
-def redactor(settings: Settings) -> Redactor:
-    """For the settings' secrets and the passwords in proxy addresses."""
-    proxies = re.findall(r"//(?:[^:\s]*:)?(\S+)@", " ".join(getproxies().values()))
-    return Redactor([settings.iterable_api_key, settings.db_password, *proxies, *map(unquote, proxies)])
-
-
-def make_client(settings: Settings, stop: Stop) -> IterableClient:
-    """Raises SettingsError when a CA file or a proxy of the environment is of no use."""
-    if settings.iterable_rate_limit > ITERABLE_LIMIT:
-        log.warning("ITERABLE_RATE_LIMIT is over the %d a second that Iterable allows a project", ITERABLE_LIMIT)
-    try:
-        return IterableClient(
-            settings.iterable_api_base_url,
-            settings.iterable_api_key,
-            rate=settings.iterable_rate_limit,
-            timeout=settings.iterable_timeout,
-            workers=settings.max_workers,
-            retry=RetryPolicy(settings.iterable_max_attempts),
-            stop=stop,
-            redact=redactor(settings),
-        )
-    except OSError as error:
-        raise SettingsError(f"{error}") from error
-
-
-def changed(
-    rows: deque[dict[str, Any]], settings: Settings, options: argparse.Namespace, stop: Stop, report: Report
-) -> Iterator[Delivery]:
-    """A delivery for each row, with --changed-only for each that was not yet delivered as it is. Uses up the rows."""
-    memory = read_memory(settings.results_dir, stop) if options.changed_only else {}
-    if options.changed_only and not settings.iterable_api_key:
-        log.warning("Without ITERABLE_API_KEY nobody counts as told: what was told is remembered for each key")
-    for count in range(1, len(rows) + 1):
-        row = rows.popleft()
-        if stop.is_set():
-            yield Delivery(count, shown(row["user_id"]), shown(row["email"]))
-            continue
-        delivery = prepare(count, Record(**row), settings)
-        known = memory.get(to_json(delivery.user_id).encode())
-        if known and delivery.fingerprint and known == delivery.fingerprint.encode():
-            report.unchanged(count)
-        else:
-            delivery.rehearsed = options.dry_run
-            yield delivery
-
-
-def process(
-    deliveries: Iterator[Delivery | None], client: IterableClient, stop: Stop, report: Report, results: ResultsFile
-) -> None:
-    """Record each user as it is done, and give the run up when going on is of no use."""
-    for delivery in deliveries:
-        report.progress()
-        if delivery is None:
-            continue
-        try:
-            results.add(delivery)
-        except OSError as error:
-            report.off_record = True
-            advice = (
-                "make room, or change RESULTS_DIR; whom console and log alone name is told once more by the next run"
-            )
-            report.end("aborted", NOT_ALL, f"{results.path} cannot be written, so the run stops ({error}): {advice}")
-            stop.set()
-        report.add(delivery)
-        if refused := [call.reason for call in delivery.calls if call.key_refused]:
-            report.end("aborted", GIVEN_UP, f"The run is given up: {refused[0]}")
-        elif report.unusable_in_a_row >= UNUSABLE_IN_A_ROW and not stop.is_set():
-            client.halt()
-            why = f"{UNUSABLE_IN_A_ROW} users in a row got no usable answer"
-            report.end("aborted", GIVEN_UP, f"The run is given up: {why}: {delivery.calls[-1].reason}")
+# The run
 
 
 def run_integration(settings: Settings, options: argparse.Namespace, stop: Stop) -> int:
     """One run, from the rows to the results file; returns the exit code (contract 3).
 
-    Raises AlreadyRunning, and SettingsError when the results folder takes no file. Nothing is sent then.
+    Raises AlreadyRunning, DatabaseError, and OSError for a setting that is of no use. Nothing was sent then.
     """
     started = datetime.now().astimezone()
-    report = Report()
-    with contextlib.ExitStack() as until_the_end:
+    with lock_folder(settings.results_dir):
+        records = read_records(settings, options)
+        log.info("[STEP 4] Initializing Iterable API client...")
+        client = iterable_client(settings, stop)
+        log.info("[STEP 5] Processing user records...")
+        memory = read_memory(settings.results_dir) if options.changed_only else {}
+        if len(records) > LARGE and not options.bulk:
+            singly, in_bulk = (cost(len(records), settings, bulk=bulk)[1] for bulk in (False, True))
+            log.info("%d users take %.0f s or more; with --bulk %.0f s or more", len(records), singly, in_bulk)
+        stop.sending = True
+        results = ResultsFile(settings.results_dir, describe_run(settings, options), started)
+        report = Report(len(records), options, memory, results, stop)
+        deliver_all(records, client, settings, options, report)
+        summary = report.summary(client)
         try:
-            settings.results_dir.mkdir(parents=True, exist_ok=True)
-            until_the_end.enter_context(only_run(settings.results_dir))
-            results = ResultsFile(settings.results_dir, describe_run(settings, options, started), started)
+            results.finish(summary)
         except OSError as error:
-            raise SettingsError(f"RESULTS_DIR cannot be written: {error}") from error
-        try:
-            log.info("[STEP 2] Connecting to database...")
-            rows = in_background(stop, lambda: read_rows(settings, stop))
-            log.info("Found %d pro user(s) with recent engagement", len(rows))
-            while options.limit is not None and len(rows) > options.limit:
-                rows.pop()
-            report.total = len(rows)
-            gc.freeze()  # the rows are no garbage; to look through them again and again would stop every thread
-            log.info("[STEP 4] Initializing Iterable API client...")
-            with make_client(settings, stop) as client:
-                log.info("[STEP 5] Processing user records...")
-                users = changed(rows, settings, options, stop, report)
-                done = rehearse(users, settings) if options.dry_run else deliver(users, client, settings.max_workers)
-                process(done, client, stop, report, results)
-        except DatabaseError as error:
-            report.end("aborted", DATABASE_FAILED, str(error))
-        except SettingsError as error:
-            report.end("aborted", BAD_SETTINGS, str(error))
-        except Interrupted:
-            pass  # as at any other time, said below
-        if stop.signum:
-            report.end("interrupted", 128 + stop.signum, f"Stopped by {signal.Signals(stop.signum).name}")
-        return conclude(report, results)
+            stop.ask("aborted", NOT_ALL, f"{results.path} cannot be written: {error}")
+            summary = report.summary(client)
+        report.tell_summary(summary)
+    if options.dry_run:
+        calls, seconds = cost(report.counts["would_send"], settings, bulk=options.bulk)
+        log.info("Dry run, nothing was sent. A run would make %d calls, in %.1f s or more", calls, seconds)
+    return int(summary["exit_code"])
 
 
-def conclude(report: Report, results: ResultsFile) -> int:
-    try:
-        results.finish(report.summary())
-        place = str(results.path)
-    except OSError as error:
-        report.end("aborted", NOT_ALL, f"{results.path} cannot be written: {error}")
-        place = f"{results.path}.partial, without its end"
-    if report.why:
-        log.info("")
-        log.error("%s", report.why)
-    tell_summary(report.summary(), place)
-    return report.exit_code
+def read_records(settings: Settings, options: argparse.Namespace) -> deque[Record]:
+    """The rows of Query 2, one a user, in the order of customer id. Raises DatabaseError, also for too few."""
+    query = read_query(QUERIES, "query_2")
+    log.info("[STEP 2] Connecting to database...")
+    with database_connection(settings) as database:
+        log.info("[STEP 3] Executing Phase 2 Query 2...")
+        records = deque(database.read_records(query))
+    log.info("Found %d pro user(s) with recent engagement", len(records))
+    if len(records) < (options.at_least or 0):
+        raise DatabaseError(
+            f"Nothing is sent: {len(records)} users found, fewer than the {options.at_least} of --at-least"
+        )
+    while options.limit is not None and len(records) > options.limit:
+        records.pop()
+    gc.freeze()  # the rows are no garbage; to look through them again and again would stop every thread
+    return records
 
 
-def rehearse(deliveries: Iterator[Delivery], settings: Settings) -> Iterator[Delivery]:
-    """A dry run's `deliver`: shows the first three users' payloads and what a run would cost. Nothing is sent."""
-    count = 0
-    for delivery in deliveries:
-        if delivery.payloads:
-            count += 1
-            if count <= 3:
-                for endpoint, payload in zip(("users/update", "events/track"), delivery.payloads, strict=True):
-                    log.info("%s %s", endpoint, to_json(payload))
-        yield delivery
-    seconds = count / settings.iterable_rate_limit
-    log.info(
-        "Dry run, nothing was sent. A run would send %d users: %d calls, %.1f s or more", count, 2 * count, seconds
-    )
+def database_connection(settings: Settings) -> DatabaseConnection:
+    s = settings
+    return DatabaseConnection(s.db_host, s.db_port, s.db_user, s.db_password, s.db_name, s.db_ssl_ca)
 
 
-def check(settings: Settings, log_problem: OSError | None, stop: Stop) -> int:
+def iterable_client(settings: Settings, stop: Stop) -> IterableClient:
+    s, retry = settings, iterable.RetryPolicy(settings.iterable_max_attempts)
+    rate, timeout, workers = s.iterable_rate_limit, s.iterable_timeout, s.max_workers
+    client = IterableClient(s.iterable_api_base_url, s.iterable_api_key, rate, timeout, workers, retry, stop)
+    client.redact = redactor(s.iterable_api_key, s.db_password)
+    return client
+
+
+def describe_run(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
+    """The head of the results file, as far as it is known before."""
+    server = settings.db_host if settings.db_host.startswith("/") else f"{settings.db_host}:{settings.db_port}"
+    return {
+        "mode": "dry-run" if options.dry_run else "send",
+        "database": f"{settings.db_name} on {server}",
+        "iterable": settings.iterable_api_base_url,
+        "options": {name: getattr(options, name) for name in ("limit", "at_least", "changed_only", "bulk")},
+    }
+
+
+def cost(users: int, settings: Settings, *, bulk: bool) -> tuple[int, float]:
+    """How many calls so many users take, and how many seconds at the rate limit."""
+    groups = math.ceil(users / iterable.MOST_ITEMS) if bulk else users
+    endpoint = iterable.USERS_BULK_UPDATE if bulk else iterable.USERS_UPDATE
+    return 2 * groups, groups / endpoint.rate(settings.iterable_rate_limit)
+
+
+# The checklist
+
+
+class IterableFailed(Exception):
+    """A check of Iterable failed."""
+
+
+def check(settings: Settings, options: argparse.Namespace, stop: Stop) -> int:
     """The deployment checklist: a line an item, and the exit code of the first that fails. Sends no user data."""
+    codes = []
 
-    def log_file() -> None:
-        if log_problem:
-            raise log_problem
+    def item(what: str, test: Callable[[], Any]) -> None:
+        try:
+            log.info("✓ %s%s", what, test() or "")
+        except tuple(EXIT_CODES) as error:
+            codes.append(exit_code_of(error))
+            log.error("✗ %s: %s", what, error)
 
     def results_folder() -> None:
         settings.results_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=settings.results_dir).close()
 
-    with contextlib.ExitStack() as until_the_end:
-        open_once = until_the_end.enter_context
-        database = functools.cache(lambda: open_once(connect(settings, stop)))
-        reply = functools.cache(lambda: open_once(make_client(settings, stop)).update_user({}))
+    def tables() -> None:  # no EXPLAIN: an account that may read views only must not use it
+        database().execute_query(f"SELECT * FROM ({read_query(QUERIES, 'query_2')}) AS query_2 WHERE FALSE")  # noqa: S608
 
-        def tables() -> None:
-            query = read_query(QUERIES, "query_2")  # no EXPLAIN: an account that may read views only must not use it
-            database().execute_query(f"SELECT * FROM ({query}) AS query_2 WHERE FALSE")  # noqa: S608 - our own file
+    def times() -> None:
+        [row] = database().execute_query(read_query(QUERIES, "future_views"))
+        if row["latest"]:
+            raise DatabaseError(f"{row['latest']} is in the future: event_time must be UTC, and not local time")
 
-        def answer(fits: Callable[[CallResult], bool]) -> None:
-            result = reply()
-            if result is None or not fits(result):
-                unexpected = "Iterable answered a request without a user as if it had one"
-                raise IterableFailed(result.reason or unexpected if result else "stopped")
+    def answers(*, key: bool = False) -> None:
+        result = answer()
+        if result and not (result.usable and (result.status == 400 or not key)):
+            raise IterableFailed(result.reason or "Iterable answered a request without a user as if it had one")
 
-        return check_each(
-            ("Settings are complete", lambda: None),
-            ("Log file can be written", log_file),
-            ("Results folder can be written", results_folder),
-            ("Database can be reached and is new enough", lambda: f": {database().server}"),
-            ("Tables and columns of the query are there", tables),
-            (f"Iterable can be reached at {settings.iterable_api_base_url}", lambda: answer(lambda got: got.usable)),
-            ("API key is accepted", lambda: answer(lambda got: got.usable and got.status == 400)),
-        )
-
-
-def check_each(*items: tuple[str, Callable[[], str | None]]) -> int:
-    codes = []
-    for what, test in items:
-        try:
-            log.info("✓ %s%s", what, test() or "")
-        except (SettingsError, OSError, DatabaseError, IterableFailed) as error:
-            codes.append({DatabaseError: DATABASE_FAILED, IterableFailed: GIVEN_UP}.get(type(error), BAD_SETTINGS))
-            log.error("✗ %s: %s", what, error)
+    with contextlib.ExitStack() as closing:
+        database = functools.cache(lambda: closing.enter_context(database_connection(settings)))
+        answer = functools.cache(lambda: iterable_client(settings, stop).update_users([Payload("", "{}")])[0])
+        item("Settings are complete", lambda: None)
+        item("Log file can be written", lambda: start_logging(settings, options))
+        item("Results folder can be written", results_folder)
+        item("Database can be reached and is new enough", lambda: f": {database().server}")
+        item("Tables and columns of the query are there", tables)
+        item("The latest page view is not in the future", times)
+        item(f"Iterable can be reached at {settings.iterable_api_base_url}", answers)
+        item("API key is accepted", lambda: answers(key=True))
     return codes[0] if codes else SUCCESS
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    def at_least_one(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
-            raise argparse.ArgumentTypeError("must be a whole number from 1")
-        return int(text)
+# The command line
 
+EXIT_CODES = {
+    SettingsError: BAD_SETTINGS,
+    DatabaseError: DATABASE_FAILED,
+    IterableFailed: GIVEN_UP,
+    AlreadyRunning: LOCKED,
+    OSError: BAD_SETTINGS,  # of a file or folder that a setting names
+    MemoryError: NOT_ALL,
+}
+
+
+def exit_code_of(error: BaseException) -> int:
+    return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+
+
+def at_least_one(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be a whole number from 1")
+    return int(text)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--dry-run", action="store_true", help="everything except the sending; needs no API key")
     add("--limit", type=at_least_one, metavar="N", help="the first N users only (a careful first real run)")
-    add("--changed-only", action="store_true", help="leave out users who were already told the same in the last 8 days")
+    add("--at-least", type=at_least_one, metavar="N", help="send nothing when the query finds fewer than N users")
+    add("--changed-only", action="store_true", help="leave out users to whom the same was delivered already")
+    add("--bulk", action="store_true", help="send groups of up to 1000 users: for large runs")
     add("--check", action="store_true", help="check the deployment and send no user data")
-    add("--quiet", action="store_true", help="show warnings and errors only")
+    add("--quiet", action="store_true", help="show warnings and errors only, and no failure that is known already")
     add("--env-file", default=".env", metavar="PATH", help="read the settings from another file than .env")
     options = parser.parse_args(argv)
-    if options.check and (options.dry_run or options.limit or options.changed_only):
+    if options.check and any((options.dry_run, options.limit, options.at_least, options.changed_only, options.bulk)):
         parser.error("--check goes with --quiet and --env-file only")
     return options
+
+
+def start_logging(settings: Settings, options: argparse.Namespace) -> None:
+    """To console and log file, from now on without the key, the password and the passwords of proxies."""
+    proxies = re.findall("://[^:]*:(.+)@", "\n".join(getproxies().values()))
+    redact = redactor(settings.iterable_api_key, settings.db_password, *proxies, *map(unquote, proxies))
+    setup_logger(settings.log_level, settings.log_file, quiet=options.quiet, redact=redact)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program: arguments and environment become settings, errors become exit codes (contract 3)."""
     options = parse_arguments(argv)
-    stop = listen_for_signals()
+    setup_logger(quiet=options.quiet)
     try:
+        stop = listen_for_signals()
         settings = load_environment_variables(HERE / options.env_file, needs_key=not options.dry_run)
-    except SettingsError as error:
-        setup_logger(log_file=error.log_file, quiet=options.quiet)
-        log.error("%s%s", "✗ " if options.check else "", error)
-        return BAD_SETTINGS
-    log_problem = setup_logger(settings.log_level, settings.log_file, quiet=options.quiet, redact=redactor(settings))
-    try:
         if options.check:
-            return in_background(stop, lambda: check(settings, log_problem, stop))
+            return check(settings, options, stop)
+        start_logging(settings, options)
         log.info("Starting Iterable Integration - Phase 3")
         log.info("[STEP 1] Loading environment variables...")
-        if log_problem:
-            raise SettingsError(f"LOG_FILE cannot be written: {log_problem}")
         return run_integration(settings, options, stop)
-    except (AlreadyRunning, SettingsError) as error:
-        log.error("%s", error)
-        return LOCKED if isinstance(error, AlreadyRunning) else BAD_SETTINGS
-    except Interrupted:
-        return 128 + (stop.signum or 0)
+    except tuple(EXIT_CODES) as error:
+        log.error("%s%s", "✗ " * options.check, str(error) or "out of memory")
+        return exit_code_of(error)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 -- Every pro customer who looked at the pricing or settings page in the last 7 days, with the latest such view.
--- Three ways to ask, which give the same rows on any data. main.py runs query_2 and takes its text from here.
+-- Three ways to ask, which give the same rows on any data. main.py runs query_2, and future_views for its checklist,
+-- and takes their text from here.
 --
 --     mysql -u root -p -t < phase2_queries.sql
 --
@@ -118,3 +119,11 @@ INNER JOIN page_views ON page_views.id = latest_view.id
 INNER JOIN customers ON customers.id = page_views.user_id
 WHERE customers.plan_type = 'pro'
 ORDER BY user_id;
+
+-- name: future_views
+-- The latest view that lies more than a minute ahead (a clock may be a little fast), or NULL. A view that has not
+-- happened yet means that event_time is local time, east of UTC, and not UTC. West of UTC this cannot be seen.
+SELECT MAX(event_time) AS latest
+FROM page_views
+WHERE page IN ('pricing', 'settings')
+    AND event_time > UTC_TIMESTAMP() + INTERVAL 1 MINUTE;

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import database
-import harness
-from standin_handle import StandIn
+from lab import database, process
+from lab.standin_handle import StandIn
 
 COUNTER = itertools.count(1)
+# Started with nohup or in the background of a script, the tests would hand down that they ignore these.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)  # a handler, other than this, is not inherited
 DEFAULTS = {"first_name": "Ann", "plan_type": "pro", "page": "pricing", "browser": "desktop", "location": "Berlin"}
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if status := session.config.pluginmanager.get_plugin("terminaldistreporter"):  # "bringing up nodes..."
+        status.ensure_show_status = status.setstatus = lambda *_, **__: None
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +49,8 @@ def servers(server: database.DatabaseServer) -> Iterator[dict[str, database.Data
 
 @pytest.fixture(scope="session")
 def _standin() -> Iterator[StandIn]:
-    with StandIn(key=harness.KEY, limit_users=100_000, limit_events=400_000) as standin:
+    limits = {"limit_users": 100_000, "limit_events": 400_000, "limit_users_bulk": 1000, "limit_events_bulk": 1000}
+    with StandIn(key=process.KEY, **limits) as standin:
         yield standin
 
 
@@ -94,28 +104,30 @@ def settings(standin: StandIn, folder: Path) -> Callable[..., dict[str, str]]:
     """`settings(database, **more)`: all settings of a run against the stand-in."""
 
     def make(database: Mapping[str, str], **more: str) -> dict[str, str]:
-        return harness.settings_for(database, more.pop("url", standin.url), folder, **more)
+        return process.settings_for(database, more.pop("url", standin.url), folder, **more)
 
     return make
 
 
 @pytest.fixture
-def program(settings: Callable[..., dict[str, str]], folder: Path) -> Callable[..., harness.Ended]:
+def program(settings: Callable[..., dict[str, str]], folder: Path) -> Callable[..., process.Ended]:
     """`program("--quiet", database=..., **settings)`: one whole run of main.py as a process."""
 
-    def run(*arguments: str, database: Mapping[str, str], seconds: float = 60, **more: str) -> harness.Ended:
-        return harness.run(*arguments, settings=settings(database, **more), folder=folder, seconds=seconds)
+    def run(*arguments: str, database: Mapping[str, str], seconds: float = 60, **more: str) -> process.Ended:
+        return process.run(*arguments, settings=settings(database, **more), folder=folder, seconds=seconds)
 
     return run
 
 
 @pytest.fixture
-def started(settings: Callable[..., dict[str, str]], folder: Path) -> Iterator[Callable[..., harness.Running]]:
-    """As `program`, but the run is under way, and is killed at the end of the test."""
-    runs: list[harness.Running] = []
+def started(settings: Callable[..., dict[str, str]], folder: Path) -> Iterator[Callable[..., process.Running]]:
+    """As `program`, but the run is under way, and is killed at the end of the test; `how` goes to process.Running."""
+    runs: list[process.Running] = []
 
-    def start(*arguments: str, database: Mapping[str, str], **more: str) -> harness.Running:
-        runs.append(harness.Running(*arguments, settings=settings(database, **more), folder=folder))
+    def start(
+        *arguments: str, database: Mapping[str, str], how: Mapping[str, Any] | None = None, **more: str
+    ) -> process.Running:
+        runs.append(process.Running(*arguments, settings=settings(database, **more), folder=folder, **(how or {})))
         return runs[-1]
 
     yield start

@@ -1,7 +1,8 @@
 """Measures what the README's table says, side by side in one run: `bash tests/benchmark.sh [PART ...]`.
 
-Everything goes over HTTPS to the stand-in, a process of its own that allows 500 users/update and 2000 events/track
-calls in any one second and answers 429 to the rest. Parts: speed cpu shared slow memory query (all without arguments).
+Everything goes over HTTPS to the stand-in, a process of its own that allows in any one second 500 users/update, 2000
+events/track, 5 users/bulkUpdate and 10 events/trackBulk calls, and answers 429 to the rest.
+Parts: singly bulk shared slow dry_run memory query (all without arguments).
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from threading import local
 from typing import Any
 
 import requests
 
-import database
-import harness
-from standin_handle import EVENTS_TRACK, USERS_UPDATE, StandIn
+from lab import database, process
+from lab.standin_handle import EVENTS_TRACK, USERS_UPDATE, StandIn
+from logger_config import ResultsFile, read_memory, to_json
 
 LIMIT = 500
 USERS = 10_000
@@ -47,24 +49,24 @@ class Measured:
 def measure(server: database.DatabaseServer, standin: StandIn, *arguments: str, **settings: str) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         own = {"REQUESTS_CA_BUNDLE": str(standin.ca_file), "ITERABLE_RATE_LIMIT": str(LIMIT), **settings}
-        environment = harness.settings_for(server.create_reader(), standin.url, Path(folder), **own)
+        environment = process.settings_for(server.create_reader(), standin.url, Path(folder), **own)
         began = time.monotonic()
-        process = subprocess.Popen(
-            [sys.executable, "-u", str(harness.ROOT / "main.py"), "--env-file", "/dev/null", *arguments],
-            env={**harness.BARE, **environment},
+        running = subprocess.Popen(
+            [sys.executable, "-u", str(process.ROOT / "main.py"), "--env-file", "/dev/null", *arguments],
+            env={**process.BARE, **environment},
             stdout=subprocess.PIPE,
             text=True,
         )
-        assert process.stdout
-        progress = [(time.monotonic(), int(found[1])) for line in process.stdout if (found := PROGRESS.match(line))]
-        _, _, usage = os.wait4(process.pid, 0)
+        assert running.stdout
+        progress = [(time.monotonic(), int(found[1])) for line in running.stdout if (found := PROGRESS.match(line))]
+        _, _, usage = os.wait4(running.pid, 0)
         seconds = time.monotonic() - began
-        document = json.loads(next(Path(folder).glob("integration_results_*.json")).read_text("utf-8"))
+        with next(Path(folder).glob("integration_results_*.json")).open(encoding="utf-8") as lines:
+            summary = next(json.loads(line[11:]) for line in lines if line.startswith('"summary": '))
     warm = [(when, done) for when, done in progress if when > began + WARM_AFTER] or [(0.0, 0)]
     (first, done_first), (last, done_last) = warm[0], warm[-1]
     speed = (done_last - done_first) / (last - first) if last > first else 0.0
-    memory = usage.ru_maxrss / 1024
-    return Measured(seconds, usage.ru_utime + usage.ru_stime, memory, speed, document["summary"])
+    return Measured(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, speed, summary)
 
 
 def bodies(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -82,7 +84,7 @@ def bare_loop(url: str, ca_file: str, users: int, threads: int) -> float:
     def send(number: int) -> None:
         if not hasattr(own, "session"):
             own.session = requests.Session()
-            own.session.headers.update({"Api-Key": harness.KEY, "User-Agent": "bare-loop/1.0"})
+            own.session.headers.update({"Api-Key": process.KEY, "User-Agent": "bare-loop/1.0"})
         for endpoint, body in zip((USERS_UPDATE, EVENTS_TRACK), bodies(number), strict=True):
             own.session.post(f"{url}/api/{endpoint}", json=body, timeout=30, verify=ca_file).raise_for_status()
 
@@ -94,7 +96,16 @@ def bare_loop(url: str, ca_file: str, users: int, threads: int) -> float:
 
 def bare(standin: StandIn, users: int, threads: int) -> tuple[float, float]:
     """The bare loop in a process of its own: users a second, and CPU milliseconds a user, start-up included."""
-    command = [sys.executable, __file__, "bare-loop", standin.url, str(standin.ca_file), str(users), str(threads)]
+    command = [
+        sys.executable,
+        "-m",
+        "lab.benchmark",
+        "bare-loop",
+        standin.url,
+        str(standin.ca_file),
+        str(users),
+        str(threads),
+    ]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -105,74 +116,92 @@ def bare(standin: StandIn, users: int, threads: int) -> tuple[float, float]:
 def describe(run: Measured, standin: StandIn) -> str:
     counters = standin.counters()
     calls = sum(counters["calls"].values())
+    busiest = {endpoint: count for endpoint, count in counters["busiest_second"].items() if count}
     return (
-        f"{run.summary['success']} of {run.summary['total_users']} delivered; {calls} calls over "
-        f"{counters['connections']} connections, {counters['throttled']} answered 429 "
-        f"({100 * counters['throttled'] / calls:.2f} %), busiest second "
-        f"{counters['busiest_second'][USERS_UPDATE]} users/update; "
-        f"CPU {1000 * run.cpu / run.summary['total_users']:.2f} ms a user, peak memory {run.memory:.0f} MB"
+        f"{run.summary['success']} of {run.summary['total_users']} delivered in {run.seconds:.1f} s, "
+        f"{run.warm:.0f} users/s once warm; CPU {1000 * run.cpu / run.summary['total_users']:.3f} ms a user, "
+        f"peak memory {run.memory:.0f} MB; {calls} calls over {counters['connections']} connections, "
+        f"{counters['throttled']} answered 429 ({100 * counters['throttled'] / calls:.2f} %), "
+        f"{run.summary['retries']} retries; busiest second {busiest}"
     )
 
 
-def speed(server: database.DatabaseServer) -> None:
-    """Users a second beside the one-by-one loop, at three latencies."""
+def singly(server: database.DatabaseServer) -> None:
+    """10 000 users by single calls, beside bare `requests` loops: one by one, and in 400 threads without a limit."""
     database.fill(server, USERS, USERS, all_qualify=True)
-    print("| ms a call | seconds | of the floor | users/s, warm | of the limit | one by one, users/s | ratio |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for latency in (0.05, 0.1, 0.3):
-        with StandIn(tls="good", latency=latency, limit_users=LIMIT, journal=False) as standin:
-            single, _ = bare(standin, max(8, int(4 / latency)), 1)
+    for latency in (0.05, 0.3):
+        with StandIn(tls="good", latency=latency, journal=False) as standin:
+            one_by_one, _ = bare(standin, max(8, int(4 / latency)), 1)
             standin.reset()
             run = measure(server, standin)
-            row = [f"{1000 * latency:.0f}", f"{run.seconds:.1f}", f"{run.seconds / (USERS / LIMIT):.3f}"]
-            row += [f"{run.warm:.0f}", f"{100 * run.warm / LIMIT:.1f} %", f"{single:.2f}"]
-            row.append(f"{run.summary['total_users'] / run.seconds / single:.0f}")
-            print(f"| {' | '.join(row)} |  {describe(run, standin)}", flush=True)
+            print(f"- {1000 * latency:.0f} ms a call: {describe(run, standin)}")
+        with StandIn(tls="good", latency=latency, journal=False, limit_users=100_000, limit_events=100_000) as standin:
+            bare_speed, bare_cpu = bare(standin, USERS // 2, BARE_THREADS)
+        print(
+            f"  {100 * run.warm / LIMIT:.1f} % of the limit, {run.seconds / (USERS / LIMIT):.3f} of the floor, "
+            f"{USERS / run.seconds / one_by_one:.0f} times one by one ({one_by_one:.2f} users/s); "
+            f"{1000 * run.cpu / USERS / bare_cpu:.2f} of the CPU of the bare loop ({bare_cpu:.2f} ms a user, "
+            f"{bare_speed:.0f} users/s)",
+            flush=True,
+        )
 
 
-def cpu(server: database.DatabaseServer) -> None:
-    """CPU time a user, beside a bare loop of the same two calls without any limit."""
-    users = 5000
+def bulk(server: database.DatabaseServer) -> None:
+    """100 000 users in bulk, 300 ms a call."""
+    users, limit = 100_000, 5000
     database.fill(server, users, users, all_qualify=True)
-    with StandIn(tls="good", latency=0.3, limit_users=100_000, limit_events=100_000, journal=False) as standin:
-        bare_speed, bare_cpu = bare(standin, users, BARE_THREADS)
-        standin.reset()
-        run = measure(server, standin)
-    own = 1000 * run.cpu / users
-    print(
-        f"CPU a user: {own:.2f} ms at {run.warm:.0f} users/s; bare loop in {BARE_THREADS} threads: {bare_cpu:.2f} ms "
-        f"at {bare_speed:.0f} users/s; ratio {own / bare_cpu:.2f}"
-    )
+    with StandIn(tls="good", latency=0.3, journal=False) as standin:
+        run = measure(server, standin, "--bulk")
+        print(
+            f"- {describe(run, standin)}; {100 * run.warm / limit:.1f} % of the limit of {limit}, "
+            f"{run.seconds / (users / limit):.3f} of the floor"
+        )
 
 
 def shared(server: database.DatabaseServer) -> None:
     """A project of which other programs use 300 of the 500."""
     others = 300
     database.fill(server, USERS, USERS, all_qualify=True)
-    with StandIn(tls="good", latency=0.3, limit_users=LIMIT, others=others, journal=False) as standin:
+    with StandIn(tls="good", latency=0.3, others=others, journal=False) as standin:
         run = measure(server, standin)
         average = run.summary["total_users"] / run.seconds
         print(
-            f"Others use {others} of {LIMIT}: {average:.0f} users/s, {100 * average / (LIMIT - others):.0f} % of "
-            f"what is left; {describe(run, standin)}"
+            f"- {average:.0f} users/s, {100 * average / (LIMIT - others):.0f} % of the rest; {describe(run, standin)}"
         )
 
 
 def slow(server: database.DatabaseServer) -> None:
     """A limit of 50 a second, with errors that make retries."""
     database.fill(server, 1000, 1000, all_qualify=True)
-    with StandIn(tls="good", latency=0.1, limit_users=LIMIT, journal=False) as standin:
+    with StandIn(tls="good", latency=0.1, journal=False) as standin:
         standin.fault("reply", endpoint=USERS_UPDATE, status=503, times=100, skip=200)
         run = measure(server, standin, ITERABLE_RATE_LIMIT="50")
-        print(f"ITERABLE_RATE_LIMIT=50: {run.summary['retries']} retries; {describe(run, standin)}")
+        print(f"- {describe(run, standin)}")
 
 
-def memory(server: database.DatabaseServer) -> None:
-    """Peak memory of 100 000 users."""
-    database.fill(server, 100_000, 100_000, all_qualify=True)
-    with StandIn(tls="good", latency=0.1, limit_users=LIMIT, journal=False) as standin:
-        run = measure(server, standin)
-        print(f"100 000 users in {run.seconds:.0f} s: {describe(run, standin)}")
+def dry_run(server: database.DatabaseServer) -> None:
+    """1 000 000 users in a dry run."""
+    users = 1_000_000
+    database.fill(server, users, users, all_qualify=True)
+    with StandIn(tls="good", journal=False) as standin:
+        run = measure(server, standin, "--dry-run")
+    print(f"- {run.seconds:.1f} s, CPU {1000 * run.cpu / users:.3f} ms a user, peak memory {run.memory:.0f} MB")
+
+
+def memory(_: database.DatabaseServer) -> None:
+    """The memory of --changed-only: 20 results files of 100 000 users each."""
+    call = {"endpoint": USERS_UPDATE, "ok": True, "status": 200, "code": "Success", "message": "", "attempts": 1}
+    line = {"record": 1, "user_id": 0, "email": "user@example.com", "event_id": "page-view-1", "status": "success"}
+    line |= {"users_update": call, "events_track": {**call, "endpoint": EVENTS_TRACK}}
+    with tempfile.TemporaryDirectory() as folder:
+        for file in range(20):
+            results = ResultsFile(Path(folder), {"mode": "send"}, datetime.now(timezone.utc))
+            for user in range(file * 100_000, (file + 1) * 100_000):
+                results.add(to_json({**line, "user_id": user, "fingerprint": f"{user:064x}"}), at_once=False)
+            results.finish({})
+        began = time.monotonic()
+        known = len(read_memory(Path(folder)))
+        print(f"- {known} users read in {time.monotonic() - began:.1f} s")
 
 
 def query() -> None:
@@ -195,7 +224,7 @@ def query() -> None:
                     runs.append(time.monotonic() - began)
                 times[index] = min(runs)
         print(
-            f"Query 2 on {kind} {server.version}, {rows} rows: {times['with']:.2f} s with index, "
+            f"- {kind} {server.version}, {rows} rows: {times['with']:.2f} s with index, "
             f"{times['without']:.2f} s without, ratio {times['without'] / times['with']:.0f}",
             flush=True,
         )
@@ -205,9 +234,10 @@ def main() -> None:
     if sys.argv[1:2] == ["bare-loop"]:
         print(bare_loop(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])))
         return
-    parts = {"speed": speed, "cpu": cpu, "shared": shared, "slow": slow, "memory": memory}
+    parts = {part.__name__: part for part in (singly, bulk, shared, slow, dry_run, memory)}
     wanted = sys.argv[1:] or [*parts, "query"]
-    with database.DatabaseServer(next(iter(database.find_servers().values()))) as server:
+    program = next(iter(database.find_servers().values()))
+    with database.DatabaseServer(program, *database.LARGE[program.kind]) as server:
         server.load(database.SETUP)
         for name in wanted:
             if name in parts:

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Unpacks MySQL 9 from Debian unstable into a folder, for tests on machines whose own packages hold MariaDB only:
 #
-#     bash tests/mysql9.sh [FOLDER]        (default: .venv/mysql9)
+#     bash tests/lab/mysql9.sh [FOLDER]        (default: .venv/mysql9)
 #
 # Afterwards FOLDER/bin/mysqld and FOLDER/bin/mysql run, with the libraries of their own release beside them. Needs no
 # root. Nothing is installed: apt gets lists and a cache of its own, and the system's stay as they are.
 # Does nothing when the folder is there. Exit 1, and a line that says why, when it cannot be done.
 set -euo pipefail
 
-target=${1:-$(cd "$(dirname "$0")/.." && pwd)/.venv/mysql9}
+target=${1:-$(cd "$(dirname "$0")/../.." && pwd)/.venv/mysql9}
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 
 fail() {
@@ -39,6 +39,7 @@ apt() { # [command] [arguments]: apt-get or apt-cache with nothing of the system
         -o Acquire::http::Timeout=20 "$@" 2>>"$work/log" || fail "$(grep -m 1 '^E:' "$work/log")"
 }
 
+echo "Fetching MySQL 9 for the tests (about a minute, once) ..." >&2
 architecture=$(dpkg --print-architecture)
 echo "deb [arch=$architecture signed-by=$keyring] http://deb.debian.org/debian sid main" >"$work/apt/sources.list"
 : >"$work/apt/status" # a machine on which nothing is installed, so that every library is fetched

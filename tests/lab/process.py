@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 KEY = "0123456789abcdef0123456789abcdef"
 BARE = {"HOME": "/tmp", "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -45,6 +46,25 @@ class Ended:
         return self.documents[-1]
 
     @property
+    def summary(self) -> dict[str, Any]:
+        """That of the last results document, without its times and without what is zero or empty."""
+        times = ("duration_seconds", "users_per_second")
+        return {key: value for key, value in self.results["summary"].items() if value and key not in times}
+
+    @property
+    def users(self) -> dict[int, dict[str, Any]]:
+        """The lines of the last results document, by record."""
+        return {line["record"]: line for line in self.results["results"]}
+
+    @property
+    def shown(self) -> str:
+        """The console without what differs from run to run: the results file's name, and times."""
+        text = re.sub(
+            r"^Results: \S+/integration_results_\d{8}_\d{6}\.json$", "Results: FILE", self.console, flags=re.M
+        )
+        return re.sub(r"^Time: \d+\.\d s, \d+\.\d users", "Time: N s, N users", text, flags=re.M)
+
+    @property
     def everything(self) -> str:
         """All that the program has written anywhere, for a search for secrets."""
         files = [path.read_text("utf-8", "replace") for path in sorted(self.folder.rglob("*")) if path.is_file()]
@@ -52,15 +72,27 @@ class Ended:
 
 
 class Running:
-    """A run under way in `folder`, with its console in files. A `with` block ends it for good."""
+    """A run under way in `folder`, with its console in files. A `with` block ends it for good.
 
-    def __init__(self, *arguments: str, settings: Mapping[str, str], folder: Path, cwd: Path | None = None) -> None:
+    `wrapper` is a command that starts it, such as nohup, and `program` what Python runs in place of main.py.
+    """
+
+    def __init__(
+        self,
+        *arguments: str,
+        settings: Mapping[str, str],
+        folder: Path,
+        cwd: Path | None = None,
+        wrapper: Sequence[str] = (),
+        program: Sequence[str] = (str(ROOT / "main.py"),),
+    ) -> None:
         self.folder = folder
         self._streams = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
         coverage = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
+        coverage = {} if wrapper else coverage  # whose files and memory a wrapper's limits are not meant for
         (folder / "empty.env").touch()
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "main.py"), "--env-file", str(folder / "empty.env"), *arguments],
+            [*wrapper, sys.executable, *program, "--env-file", str(folder / "empty.env"), *arguments],
             env={**BARE, **coverage, **settings},
             cwd=cwd or "/",
             stdin=subprocess.DEVNULL,
@@ -96,6 +128,12 @@ class Running:
             stream.seek(0)
         console, errors = (stream.read() for stream in self._streams)
         return Ended(code if code >= 0 else 128 - code, console, errors, self.folder)
+
+
+Program = Callable[..., Ended]  # the types of conftest's fixtures
+Started = Callable[..., Running]
+Customers = Callable[..., dict[str, str]]
+Settings = Callable[..., dict[str, str]]
 
 
 def settings_for(database: Mapping[str, str], url: str, folder: Path, **more: str) -> dict[str, str]:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import http.client
 import json
 import socketserver
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from standin import ANY, EVENTS_TRACK, KEY, USERS_UPDATE
-
-__all__ = ["ANY", "EVENTS_TRACK", "KEY", "USERS_UPDATE", "StandIn", "Trap", "describe"]
+from lab.standin import ANY, EVENTS_TRACK, EVENTS_TRACK_BULK, KEY, USERS_BULK_UPDATE, USERS_UPDATE  # noqa: F401
 
 Certificate = Literal["good", "expired", "self-signed", "wrong-name"]
 
@@ -25,43 +23,29 @@ Certificate = Literal["good", "expired", "self-signed", "wrong-name"]
 class StandIn:
     """A stand-in in a process of its own. `url` is its base URL, `ca_file` the authority of its certificate.
 
-    Its settings are those of standin.Settings. Raises RuntimeError when it does not start.
+    `settings` are those of standin.Settings. Raises RuntimeError when it does not start.
     """
 
-    def __init__(
-        self,
-        *,
-        port: int = 0,
-        tls: Certificate | None = None,
-        latency: float = 0.0,
-        key: str = KEY,
-        limit_users: int = 500,
-        limit_events: int = 2000,
-        others: int = 0,
-        retry_after: str | None = None,
-        journal: bool = True,
-    ) -> None:
+    def __init__(self, *, port: int = 0, tls: Certificate | None = None, key: str = KEY, **settings: Any) -> None:
         self.key = key
-        self._folder = tempfile.TemporaryDirectory(prefix="standin-")
-        command = [sys.executable, str(Path(__file__).with_name("standin.py")), f"--port={port}", f"--key={key}"]
-        command += [f"--latency={latency}", f"--limit-users={limit_users}", f"--limit-events={limit_events}"]
-        command += [f"--others={others}", *([] if journal else ["--no-journal"])]
-        if retry_after is not None:
-            command.append(f"--retry-after={retry_after}")
         self.ca_file: Path | None = None
+        self._lock = threading.Lock()
+        self._folder = tempfile.TemporaryDirectory(prefix="standin-")
+        options = {"port": port, "key": key, **settings}
         if tls:
             folder = Path(self._folder.name)
             self.ca_file = folder / "ca.pem"
             write_certificates(tls, folder)
-            command += ["--tls", str(folder / "certificate.pem"), str(folder / "key.pem")]
+            options["tls"] = [str(folder / "certificate.pem"), str(folder / "key.pem")]
+        command = [sys.executable, str(Path(__file__).with_name("standin.py")), json.dumps(options)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert self._process.stdout
-        ready = self._process.stdout.readline()
+        assert self._process.stdin and self._process.stdout
+        self._questions, self._answers = self._process.stdin, self._process.stdout
+        ready = self._answers.readline()
         if not ready:
             self.close()
             raise RuntimeError(f"the stand-in did not start: exit code {self._process.returncode}")
-        ports = json.loads(ready)
-        self.port, self._control_port = ports["port"], ports["control_port"]
+        self.port = json.loads(ready)["port"]
         self.url = f"https://localhost:{self.port}" if tls else f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> StandIn:
@@ -71,10 +55,8 @@ class StandIn:
         self.close()
 
     def close(self) -> None:
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.close()
-        self._process.stdout.close()
+        self._questions.close()
+        self._answers.close()
         self._process.wait(timeout=10)
         self._folder.cleanup()
 
@@ -87,28 +69,39 @@ class StandIn:
         self._ask("reset")
 
     def configure(self, **settings: Any) -> None:
-        """Change latency, limit_users, limit_events, others, retry_after, forgotten (addresses), key or journal."""
-        self._ask("configure", **settings)
+        """Change settings of standin.Settings: latency, limits, others, forgotten, disallowed, type_clash, refused ...
+
+        `refused={USERS_BULK_UPDATE: {"ann@example.com": ["conflictEmails", "old@example.com"]}}` lets bulkUpdate
+        refuse Ann, and name another address for it; None in place of the pair names none at all.
+        """
+        self._ask("configure", **{name: [*v] if isinstance(v, set | frozenset) else v for name, v in settings.items()})
 
     def fault(self, action: str = "reply", *, body: str | bytes = "", **rule: Any) -> None:
-        """Let calls go wrong as standin.Fault says. Of several rules for one call the first strikes."""
-        content = {"body": body} if isinstance(body, str) else {"body_base64": base64.b64encode(body).decode()}
-        self._ask("fault", action=action, **content, **rule)
+        """Let calls go wrong as standin.Fault says.
+
+        Of several rules for one call the first that strikes is the only one. So rules with `times=1` are a sequence:
+        each takes one call, in the order in which they were given.
+
+        A bulk answer becomes another by `alter`: {"successCount": -1} does not add up, {"failedUpdates": None} leaves
+        the deprecated lists only, {"disallowedEventNames": ["page_view"]}, {"invalidEmails": ["ANN@EXAMPLE.COM"]}.
+        """
+        content = base64.b64encode(body.encode() if isinstance(body, str) else body).decode()
+        self._ask("fault", action=action, body=content, **rule)
 
     def state(self) -> dict[str, Any]:
         """Everything it holds.
 
         users          {address: fields}
         events         {id: {"email", "eventName", "createdAt", "dataFields", ...}}
-        journal        [{"t", "endpoint", "email", "event_id", "status", "fault"}] in the order of arrival
+        journal        [{"t", "endpoint", "email", "event_id", "emails", "status"}] in the order of arrival; a bulk call
+                       has None for `email` and `event_id`, and all its addresses in `emails`
         counters       what `counters` gives
-        accepted       {endpoint: {address or event id: how often a call for it was a success}}
+        accepted       {endpoint: {address or event id: how often it was taken}}, of bulk endpoints too
         violations     sentences, one for each request that no correct program sends (at most 100)
         last_headers   of the last request, names in lower case
         """
         state: dict[str, Any] = self._ask("state")
-        state["counters"] = _with_numbers(state["counters"])
-        return state
+        return {**state, "counters": _with_numbers(state["counters"])}
 
     def counters(self) -> dict[str, Any]:
         """How often what happened.
@@ -123,30 +116,30 @@ class StandIn:
 
     def wait_for_calls(self, count: int, endpoint: str = ANY, timeout: float = 10.0) -> None:
         """Return when so many calls have arrived since the start or reset. Raises TimeoutError."""
-        if not self._ask("wait_for_calls", count=count, endpoint=endpoint, timeout=timeout):
-            raise TimeoutError(f"fewer than {count} calls of {endpoint} in {timeout} s")
+        deadline = time.monotonic() + timeout
+        while True:
+            calls = self._ask("counters")["calls"]
+            if (sum(calls.values()) if endpoint == ANY else calls.get(endpoint, 0)) >= count:
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"fewer than {count} calls of {endpoint} in {timeout} s")
+            time.sleep(0.005)
 
-    def _ask(self, method: str, **arguments: Any) -> Any:
+    def _ask(self, method: str, **keywords: Any) -> Any:
         """Raises ValueError with the stand-in's text when it cannot be done."""
-        connection = http.client.HTTPConnection("127.0.0.1", self._control_port, timeout=60)
-        try:
-            connection.request("POST", f"/{method}", json.dumps(arguments))
-            response = connection.getresponse()
-            answer = json.loads(response.read())
-        finally:
-            connection.close()
-        if response.status != 200:
+        with self._lock:
+            self._questions.write(json.dumps([method, keywords]).encode() + b"\n")
+            self._questions.flush()
+            done, answer = json.loads(self._answers.readline())
+        if not done:
             raise ValueError(answer)
         return answer
 
 
 def _with_numbers(counters: dict[str, Any]) -> dict[str, Any]:
     """JSON has made texts of the statuses."""
-    answers = {
-        endpoint: {int(status): number for status, number in statuses.items()}
-        for endpoint, statuses in counters["answers"].items()
-    }
-    return {**counters, "answers": answers}
+    answers = counters["answers"].items()
+    return {**counters, "answers": {endpoint: {int(s): n for s, n in each.items()} for endpoint, each in answers}}
 
 
 def write_certificates(kind: Certificate, folder: Path) -> None:
