@@ -128,6 +128,7 @@ class _PrivateLogFile(logging.handlers.RotatingFileHandler):
         return open(self.baseFilename, "a", encoding="utf-8", errors="backslashreplace", opener=_open_private)
 
     def handleError(self, record: logging.LogRecord) -> None:
+        self.maxBytes = 0  # where it cannot be renamed, one file that grows rather than lines that are lost
         if not self._failed:
             self._failed = True
             log.error("The log file %s cannot be written: %s", self.baseFilename, sys.exc_info()[1])

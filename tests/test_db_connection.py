@@ -9,6 +9,7 @@ import socketserver
 import threading
 import time
 import tracemalloc
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -330,8 +331,7 @@ def test_a_server_without_a_connection_left_is_tried_again_and_told(own: Databas
     reader = own.create_reader()
     own.query("SET GLOBAL max_connections = 10")
     with contextlib.ExitStack() as held, pytest.raises(DatabaseError) as error:
-        for _ in range(11):
-            held.enter_context(connection(reader))
+        deque(held.enter_context(connection(reader)) for _ in range(11))
     own.query("SET GLOBAL max_connections = DEFAULT")
     words = "The database has no connection left: try again later, or raise max_connections"
     assert is_said(str(error.value), words, 1040)

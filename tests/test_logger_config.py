@@ -179,6 +179,18 @@ def test_the_file_is_rotated_at_10_mb_and_5_private_old_ones_are_kept(log_file: 
     assert {stat.S_IMODE(part.stat().st_mode) for part in parts} == {0o600}
 
 
+def test_a_file_that_cannot_be_renamed_grows_and_the_console_says_so_once(
+    log_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log_file.with_name("run.log.4").touch()
+    log_file.with_name("run.log.5").mkdir()
+    setup_logger(log_file=log_file, quiet=True)
+    for number in range(120):
+        log.info("%d %s", number, "x" * 100_000)
+    kept = [int(words.split()[0]) for level, words in lines(log_file) if level == "INFO"]
+    assert (len(kept), kept[-1], len(capsys.readouterr().out.splitlines())) == (119, 119, 1)
+
+
 def test_a_file_that_cannot_be_opened_is_an_error_and_the_console_stays(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
