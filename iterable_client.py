@@ -189,7 +189,7 @@ ADVICE: dict[str | int, str] = {
     "UserIdAlreadyExists": IDENTITY,
     401: KEY_REFUSED,
     403: KEY_REFUSED,
-    429: "the project's rate limit was used up for too long: lower ITERABLE_RATE_LIMIT, or run when less else writes",
+    429: "the project's rate limit was used up: lower ITERABLE_RATE_LIMIT, or run when less else writes",
 }
 
 
@@ -201,7 +201,9 @@ def interpret(endpoint: str, status: int, text: str) -> CallResult:
         return CallResult(endpoint, True, status, code, message)
     clash = code == "RequestFieldsTypesMismatched"
     reason = (type_clash(answer) if clash else reason_for(status, code, message))[:LONGEST_TEXT]
-    retryable, body = status in TRY_AGAIN and not clash, " ".join(text.split())[:LONGEST_TEXT]
+    retryable = status in TRY_AGAIN and not clash
+    shown = json.dumps(answer, ensure_ascii=False) if "\\" in text and answer else text  # no secret in escapes
+    body = " ".join(shown.split())[:LONGEST_TEXT]
     return CallResult(endpoint, False, status, code or None, message, reason, body, retryable=retryable)
 
 
@@ -221,7 +223,8 @@ def interpret_bulk(endpoint: str, status: int, text: str, emails: Iterable[str])
     named = frozenset(group.intersection(entry.lower() for entry in entries if isinstance(entry, str)))
     counts = answer["successCount"], answer.get("failCount")
     whole = all(type(count) is int for count in counts)  # True == 1 == 1.0
-    adds_up = whole and counts == (len(group) - len(named), len(named)) and not answer.get("disallowedEventNames")
+    refusal = answer.get("disallowedEventNames") or DISALLOWED in text or answer.get("code", "Success") != "Success"
+    adds_up = whole and counts == (len(group) - len(named), len(named)) and not refusal
     return CallResult(endpoint, adds_up, status, reason="" if adds_up else "the answer does not add up", named=named)
 
 
@@ -411,6 +414,8 @@ class IterableClient:
             return [self._call(single, group, unless) for _ in group]
         result = self._call(bulk, group, unless)
         confirmed = result if result and result.ok else None
+        if result and not confirmed and unless.is_set():  # nobody is sent singly any more, and may have been told
+            return [result] * len(group)
         if result and not confirmed:
             words = "%s: %s; its %d users are sent singly"
             log.info(words, result.headline, result.reason, len(group), extra={"file_only": True})

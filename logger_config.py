@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import quote, quote_plus
 
 PRIVATE = 0o600
@@ -83,7 +83,6 @@ class _Formatter(logging.Formatter):
 
     default_time_format = "%Y-%m-%dT%H:%M:%S%z"
     default_msec_format = None
-    _controls: ClassVar = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 
     def __init__(self, layout: str, redact: Callable[[str], str], *, marks: bool = True) -> None:
         super().__init__(layout)
@@ -92,7 +91,7 @@ class _Formatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = self._redact(record.message)
         if not record.message.isprintable():
-            record.message = record.message.translate(self._controls)
+            record.message = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in record.message)
         text = super().formatMessage(record)
         return text if self._marks else re.sub("[✓✗⚠] ?", "", text)
 
@@ -153,17 +152,19 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which the kernel releases with the process. Raises AlreadyRunning, OSError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".integration_results.lock", os.O_RDWR | os.O_CREAT, PRIVATE)
+        lock = open(folder / ".integration_results.lock", "a+", encoding="utf-8", opener=_open_private)  # noqa: SIM115
     except OSError as error:
         raise OSError(f"RESULTS_DIR cannot be written: {error}") from error
-    with open(descriptor, "r+", encoding="utf-8") as lock:
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            lock.seek(0)
             raise AlreadyRunning(f"Another run holds {folder}: {lock.read() or 'just begun'}") from None
-        lock.truncate()
-        lock.write(f"process {os.getpid()}, since {datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}")
-        lock.flush()
+        with contextlib.suppress(OSError):  # on a full disk it holds as well, without these words
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()}, since {datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}")
+            lock.flush()
         yield
 
 
@@ -236,7 +237,9 @@ def verdict(line: Mapping[str, Any]) -> str | None:
     if not line["status"].endswith("failure"):
         return None
     calls = [line[name] for name in ("users_update", "events_track") if line[name] and not line[name]["ok"]]
-    reasons = [[call["endpoint"], call["status"], call["code"], call["message"]] for call in calls]
+    # What a server in trouble says may be another thing each time.
+    says = [call["message"] if (call["status"] or 0) < 500 else "" for call in calls]
+    reasons = [[call["endpoint"], call["status"], call["code"], said] for call, said in zip(calls, says, strict=True)]
     return to_json([fingerprint, line.get("problem"), reasons])
 
 
@@ -250,31 +253,31 @@ def read_memory(folder: Path) -> dict[str | int | None, str]:
     for head, path in _earlier_runs(folder, complain=True):
         if head["mode"] != "send":
             continue
-        damaged, torn, whole = 0, False, path.suffix == ".partial"
+        damaged, torn, whole = 0, False, (partial := path.suffix == ".partial")
         try:
             with path.open(encoding="utf-8", errors="surrogateescape") as lines:
                 for text in itertools.islice(lines, 3, None):
                     if text == "],\n":
                         whole, torn = True, False
                         break
-                    torn = not (text.isspace() or _remember(text, memory))
+                    torn = not (text.isspace() or _remember(text, memory, told=not partial))
                     damaged += torn
         except OSError as error:
             log.warning("%s is not used as memory: %s", path, error)
-        damaged -= torn and path.suffix == ".partial"  # a run that was killed leaves its last line so
+        damaged -= torn and partial  # a run that was killed leaves its last line so
         if damaged or not whole:
             log.warning("%s is used as memory in part: %d line(s) are damaged or missing", path, damaged + (not whole))
     return memory
 
 
-def _remember(text: str, memory: dict[str | int | None, str]) -> bool:
-    """Whether the line was whole."""
+def _remember(text: str, memory: dict[str | int | None, str], *, told: bool) -> bool:
+    """Whether the line was whole. A failure is known when it was `told`, which a killed run may not have come to."""
     try:
         line, end = from_json(text)
         user, status, fingerprint = line["user_id"], line["status"], line["fingerprint"]
-        if news := verdict(line):
+        if (news := verdict(line)) and (told or status == "success"):
             memory[user] = news
-        elif status != "not_attempted" or (fingerprint and memory.get(user) != fingerprint):
+        elif status != "not_attempted" or (fingerprint and fingerprint not in memory.get(user, "")):
             memory.pop(user, None)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
@@ -284,8 +287,12 @@ def _remember(text: str, memory: dict[str | int | None, str]) -> bool:
 def _earlier_runs(folder: Path, *, complain: bool = False) -> list[tuple[dict[str, Any], Path]]:
     """Head and path of each results file, in the order of the runs' numbers: a copy changes every time stamp."""
     runs = []
-    for path in itertools.filterfalse(Path.is_fifo, sorted(folder.glob("integration_results_*.json*"))):
+    for path in sorted(
+        [*folder.glob("integration_results_*.json"), *folder.glob("integration_results_*.json.partial")]
+    ):
         try:
+            if path.is_fifo():
+                raise OSError("it is a pipe")
             with path.open(encoding="utf-8", errors="replace") as lines:
                 lines.readline()
                 run = json.loads("{" + lines.readline().rstrip(",\n") + "}")["run"]

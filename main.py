@@ -96,7 +96,8 @@ def load_environment_variables(
     """
     complaints: list[str] = []
     values = {**read_env_file(env_file, complaints), **environ}
-    secrets = [read_secret(name, values, complaints) for name in ("DB_PASSWORD", "ITERABLE_API_KEY")]
+    secrets = [read_secret("DB_PASSWORD", values, complaints)]
+    secrets += [read_secret("ITERABLE_API_KEY", values, complaints if needs_key else [])]
 
     def get(name: str, default: str | None = None, parse: Callable[[str], Any] = plain, *, blank: bool = False) -> Any:
         text = values.get(name) if blank else values.get(name, "").strip() or default
@@ -184,7 +185,7 @@ def number(low: float, high: float, kind: Callable[[str], Any] = int) -> Callabl
     def parse(text: str) -> Any:
         plausible = re.fullmatch(r"\d{1,9}" if kind is int else r"\d{1,9}(\.\d{1,9})?", text, re.ASCII)
         if not plausible or not low <= kind(text) <= high:
-            raise ValueError(f"must be a {'whole ' * (kind is int)}number from {low} to {high}, not {text!r}")
+            raise ValueError(f"must be a {'whole ' * (kind is int)}number from {low} to {high}, not '{text}'")
         return kind(text)
 
     return parse
@@ -599,7 +600,7 @@ class Report:
         if status not in TOLD:
             return
         level, words = TOLD[status]
-        who = str(delivery.email or "").strip() or f"customer {delivery.user_id}"
+        who = str(delivery.email or "").strip()[:320] or f"customer {delivery.user_id}"
         place = f"record {delivery.record}/{self.total}"
         known = delivery.known and self.options.quiet
         self._told_failures += level == logging.ERROR and not known
@@ -619,7 +620,7 @@ class Report:
     def progress(self) -> None:
         """A line every 2 seconds in a long run. The speed is that of the last 10 seconds."""
         now = time.monotonic()
-        if self.total > MANY and now - self._trail[-1][0] >= 2:
+        if self.total > MANY and now - self._trail[-1][0] >= 2 and not self.stop.is_set():
             done, (then, done_then) = self.counts.total(), self._trail[0]
             speed = (done - done_then) / (now - then)
             left = f"{(self.total - done) / speed:.0f} s left" if speed else f"no user done for {now - then:.0f} s"
@@ -686,7 +687,7 @@ def run_integration(settings: Settings, options: argparse.Namespace, stop: Stop)
         client = iterable_client(settings, stop)
         log.info("[STEP 5] Processing user records...")
         memory = read_memory(settings.results_dir) if options.changed_only else {}
-        if len(records) > LARGE and not options.bulk:
+        if len(records) > LARGE and not (options.bulk or memory):
             singly, in_bulk = (cost(len(records), settings, bulk=bulk)[1] for bulk in (False, True))
             log.info("%d users take %.0f s or more; with --bulk %.0f s or more", len(records), singly, in_bulk)
         stop.sending = True

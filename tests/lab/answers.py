@@ -22,7 +22,7 @@ KEY_REFUSED = (
     "Iterable refused the API key: check ITERABLE_API_KEY (a server-side key of this project, not disabled), and that "
     "ITERABLE_API_BASE_URL is that of its region: https://api.iterable.com (US) or https://api.eu.iterable.com (EU)"
 )
-THROTTLED = "the project's rate limit was used up for too long: lower ITERABLE_RATE_LIMIT, or run when less else writes"
+THROTTLED = "the project's rate limit was used up: lower ITERABLE_RATE_LIMIT, or run when less else writes"
 BAD_ADDRESS = "Iterable refuses the address as invalid: correct it in the customers table"
 IDENTITY = "another user of the project has this identity: merge the two in Iterable"
 NO_ROOM = "the project has no room for new fields: delete unused ones in Iterable"
