@@ -218,8 +218,8 @@ def test_the_log_may_go_to_a_pipe(script: Script) -> None:
 
 def test_control_characters_are_escaped_in_file_and_console(log_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     setup_logger(log_file=log_file)
-    log.info("%s", "one\ntwo\r\x1b[31ma\tb\x00\x7f\x85\x9b Zoë 😀 ✓ %s")
-    shown = "one\\x0atwo\\x0d\\x1b[31ma\\x09b\\x00\\x7f\\x85\\x9b Zoë 😀 ✓ %s"
+    log.info("%s", "one\ntwo\r\x1b[31ma\tb\x00\x7f\x85\x9b\u2028\u202e Zoë 😀 ✓ %s")
+    shown = "one\\x0atwo\\x0d\\x1b[31ma\\x09b\\x00\\x7f\\x85\\x9b\\x2028\\x202e Zoë 😀 ✓ %s"
     assert (capsys.readouterr().out, lines(log_file)) == (f"{shown}\n", [("INFO", shown)])
 
 
@@ -483,6 +483,30 @@ def test_the_last_word_on_a_user_counts(write: Write, tmp_path: Path) -> None:
     )
     failed = verdict(line(4, "partial_failure"))
     assert read_memory(tmp_path) == {1: "f", 2: "g", 4: failed, 5: "f", 7: "f", 8: "f", 9: "f"}
+
+
+def test_a_failure_that_a_killed_run_may_not_have_told_is_not_known(write: Write, tmp_path: Path) -> None:
+    write(line(1), line(2))
+    write(line(1, "total_failure"), line(3, "total_failure"), whole=False)
+    assert read_memory(tmp_path) == {2: "f"}
+
+
+def test_a_known_failure_stays_known_while_the_user_is_not_attempted(write: Write, tmp_path: Path) -> None:
+    write(line(1, "total_failure"), line(2, "total_failure"))
+    write(line(1, "not_attempted"), line(2, "not_attempted", "g"))
+    assert read_memory(tmp_path) == {1: verdict(line(1, "total_failure"))}
+
+
+def test_a_server_in_trouble_may_say_another_thing_each_time_and_a_refusal_may_not() -> None:
+    def failure(status: int, message: str) -> str | None:
+        return verdict(line(1, "total_failure", users_update={**REFUSED, "status": status, "message": message}))
+
+    assert [failure(status, "a") == failure(status, "b") for status in (400, 499, 500, 503)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_a_user_id_is_no_other_type_with_the_same_text(write: Write, tmp_path: Path) -> None:

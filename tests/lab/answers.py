@@ -217,6 +217,8 @@ BULK = [
     bulk("all failed", 0, 3, True, GROUP, failedUpdates={"invalidEmails": [*GROUP]}),
     bulk("no event is disallowed", 3, 0, True, disallowedEventNames=[]),
     bulk("an event is disallowed", 3, 0, False, disallowedEventNames=["page_view"]),
+    bulk("an event is disallowed, in words", 3, 0, False, msg="Event page_view is disallowed from tracking"),
+    bulk("a refusal beside counts that add up", 3, 0, False, code="BadParams"),
     bulk("one failed, unnamed", 2, 1, False, **NONE_FAILED),
     bulk("one failed, a stranger is named", 2, 1, False, failedUpdates={"conflictEmails": ["old@example.com"]}),
     bulk("one failed, whom another is named for", 2, 1, False, failedUpdates={"conflictEmails": [TWO]}),
