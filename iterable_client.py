@@ -1,4 +1,4 @@
-"""Iterable's REST API: what it is sent, how fast, what is tried again, and what an answer means (contract 4 and 5)."""
+"""Iterable's REST API: what it is sent, how fast, what is tried again, and what an answer means."""
 
 from __future__ import annotations
 

@@ -90,10 +90,7 @@ class Settings:
 def load_environment_variables(
     env_file: Path = HERE / ".env", environ: Mapping[str, str] = os.environ, *, needs_key: bool = True
 ) -> Settings:
-    """The settings of `environ` and, for what is not set there, of the `.env` file (contract 2).
-
-    Raises SettingsError with every complaint at once.
-    """
+    """The settings of `environ`, else of the `.env` file (contract 2). Raises SettingsError, all complaints at once."""
     complaints: list[str] = []
     values = {**read_env_file(env_file, complaints), **environ}
     secrets = [read_secret("DB_PASSWORD", values, complaints)]
