@@ -618,6 +618,14 @@ def test_what_is_no_file_is_no_memory(write: Write, tmp_path: Path) -> None:
     assert set(read_memory(tmp_path)) == {1}
 
 
+def test_a_compressed_copy_of_a_results_file_is_no_cause_for_a_warning(
+    write: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(line(1))
+    path.with_name(f"{path.name}.gz").write_bytes(b"\x1f\x8b")
+    assert (read_memory(tmp_path), caplog.messages) == ({1: "f"}, [])
+
+
 BYTES = st.binary(max_size=60) | st.sampled_from([b"\n", b"],\n", b",\n", b'"', b"}", b"[" * 3000, b"1e999", b"null"])
 CHANGES = st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 300), BYTES), min_size=1, max_size=3)
 

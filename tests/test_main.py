@@ -133,6 +133,8 @@ def test_a_dry_run_needs_no_key() -> None:
     for missing in (None, "", " "):
         assert load(needs_key=False, ITERABLE_API_KEY=missing) == replace(SETTINGS, iterable_api_key="")
     assert load(needs_key=False) == SETTINGS
+    gone = load(needs_key=False, ITERABLE_API_KEY=None, ITERABLE_API_KEY_FILE="/nowhere/key")
+    assert gone.db_host == SETTINGS.db_host
 
 
 @pytest.mark.parametrize(
