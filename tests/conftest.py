@@ -15,11 +15,16 @@ from lab import database, process
 from lab.standin_handle import StandIn
 
 COUNTER = itertools.count(1)
-# Started with nohup or in the background of a script, the tests would hand down that they ignore these.
-for number in (signal.SIGINT, signal.SIGHUP):
+for number in (signal.SIGINT, signal.SIGHUP):  # which nohup, or a script's background, has us ignore and hand down
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, lambda *_: None)  # a handler, other than this, is not inherited
 DEFAULTS = {"first_name": "Ann", "plan_type": "pro", "page": "pricing", "browser": "desktop", "location": "Berlin"}
+DEFAULTS |= {"event_time": None}  # two days ago, by the server's own day: no test depends on the date or on midnight
+INSERTS = {
+    "customers": "(id, first_name, email, plan_type) VALUES (%(id)s, %(first_name)s, %(email)s, %(plan_type)s)",
+    "page_views": "(id, user_id, page, browser, location, event_time) VALUES (%(id)s, %(id)s, %(page)s, %(browser)s,"
+    " %(location)s, COALESCE(%(event_time)s, CURDATE() - INTERVAL 2 DAY))",
+}
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -56,7 +61,7 @@ def _standin() -> Iterator[StandIn]:
 
 @pytest.fixture
 def standin(_standin: StandIn) -> StandIn:
-    """A stand-in for Iterable without users, events or faults, and with room for as many calls as come."""
+    """A stand-in without users, events or faults, and with room for as many calls as come."""
     _standin.reset()
     return _standin
 
@@ -69,31 +74,18 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def customers(server: database.DatabaseServer) -> Callable[..., dict[str, str]]:
-    """`customers(3)` or `customers([{"email": None}, ...])`: a database of its own with these pro customers, each with
-    a recent view of the pricing page, and the settings of an account that may only read it. Customer n is
-    user<n>@example.com; ids count from 1, and the view's id is the customer's."""
+    """`customers(3)` or `customers([{"email": None}, ...])`: settings for a database of its own that may only be read,
+    with these pro customers, user<n>@example.com, each with a recent view of pricing. Both have the id n, from 1."""
 
     def make(rows: int | Sequence[Mapping[str, Any]]) -> dict[str, str]:
         name = f"customers_{next(COUNTER)}"
         server.query(f"CREATE DATABASE {name} CHARACTER SET utf8mb4 COLLATE utf8mb4_unicode_ci", database="")
-        for table in ("customers", "page_views"):
-            server.query(f"CREATE TABLE {name}.{table} LIKE {database.DATABASE}.{table}")
         people = [{}] * rows if isinstance(rows, int) else rows
-        values = [{**DEFAULTS, "email": f"user{number}@example.com", **row} for number, row in enumerate(people, 1)]
+        values = [{**DEFAULTS, "id": n, "email": f"user{n}@example.com", **row} for n, row in enumerate(people, 1)]
         with server.connect(name) as connection, connection.cursor() as cursor:
-            cursor.executemany(
-                "INSERT INTO customers (id, first_name, email, plan_type) VALUES (%s, %s, %s, %s)",
-                [(number, row["first_name"], row["email"], row["plan_type"]) for number, row in enumerate(values, 1)],
-            )
-            # Relative to the server's own day, so that no test depends on today's date or on midnight.
-            cursor.executemany(
-                "INSERT INTO page_views (id, user_id, page, browser, location, event_time)"
-                " VALUES (%s, %s, %s, %s, %s, COALESCE(%s, DATE_SUB(CURDATE(), INTERVAL 2 DAY)))",
-                [
-                    (number, number, row["page"], row["browser"], row["location"], row.get("event_time"))
-                    for number, row in enumerate(values, 1)
-                ],
-            )
+            for table, insert in INSERTS.items():
+                cursor.execute(f"CREATE TABLE {table} LIKE {database.DATABASE}.{table}")
+                cursor.executemany(f"INSERT INTO {table} {insert}", values)
         return server.create_reader(user=f"reader_{name}", database=name)
 
     return make
@@ -102,34 +94,22 @@ def customers(server: database.DatabaseServer) -> Callable[..., dict[str, str]]:
 @pytest.fixture
 def settings(standin: StandIn, folder: Path) -> Callable[..., dict[str, str]]:
     """`settings(database, **more)`: all settings of a run against the stand-in."""
-
-    def make(database: Mapping[str, str], **more: str) -> dict[str, str]:
-        return process.settings_for(database, more.pop("url", standin.url), folder, **more)
-
-    return make
-
-
-@pytest.fixture
-def program(settings: Callable[..., dict[str, str]], folder: Path) -> Callable[..., process.Ended]:
-    """`program("--quiet", database=..., **settings)`: one whole run of main.py as a process."""
-
-    def run(*arguments: str, database: Mapping[str, str], seconds: float = 60, **more: str) -> process.Ended:
-        return process.run(*arguments, settings=settings(database, **more), folder=folder, seconds=seconds)
-
-    return run
+    return lambda database, **more: process.settings_for(database, more.pop("url", standin.url), folder, **more)
 
 
 @pytest.fixture
 def started(settings: Callable[..., dict[str, str]], folder: Path) -> Iterator[Callable[..., process.Running]]:
-    """As `program`, but the run is under way, and is killed at the end of the test; `how` goes to process.Running."""
-    runs: list[process.Running] = []
+    """`started("--quiet", database=..., **settings)`: a run under way; `how` goes to process.Running."""
+    with contextlib.ExitStack() as until_the_end:
 
-    def start(
-        *arguments: str, database: Mapping[str, str], how: Mapping[str, Any] | None = None, **more: str
-    ) -> process.Running:
-        runs.append(process.Running(*arguments, settings=settings(database, **more), folder=folder, **(how or {})))
-        return runs[-1]
+        def start(*arguments: str, database: Mapping[str, str], how: Any = None, **more: str) -> process.Running:
+            run = process.Running(*arguments, settings=settings(database, **more), folder=folder, **(how or {}))
+            return until_the_end.enter_context(run)  # which kills it
 
-    yield start
-    for run in runs:
-        run.__exit__()
+        yield start
+
+
+@pytest.fixture
+def program(started: Callable[..., process.Running]) -> Callable[..., process.Ended]:
+    """As `started`, but the run is whole."""
+    return lambda *arguments, seconds=60, **settings: started(*arguments, **settings).wait(seconds)

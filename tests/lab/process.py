@@ -10,19 +10,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KEY = "0123456789abcdef0123456789abcdef"
+MAIN = (str(ROOT / "main.py"),)
 BARE = {"HOME": "/tmp", "PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 @dataclass
 class Ended:
-    """How a run ended: exit code as a shell sees it, console text, and what it left in its folder."""
+    """How a run ended: exit code as a shell sees it, console, and what it left in its folder."""
 
     exit_code: int
     console: str
@@ -59,46 +60,31 @@ class Ended:
     @property
     def shown(self) -> str:
         """The console without what differs from run to run: the results file's name, and times."""
-        text = re.sub(
-            r"^Results: \S+/integration_results_\d{8}_\d{6}\.json$", "Results: FILE", self.console, flags=re.M
-        )
-        return re.sub(r"^Time: \d+\.\d s, \d+\.\d users", "Time: N s, N users", text, flags=re.M)
+        text = re.sub(r"(?m)^Results: \S+/integration_results_\d{8}_\d{6}\.json$", "Results: FILE", self.console)
+        return re.sub(r"(?m)^Time: \d+\.\d s, \d+\.\d users", "Time: N s, N users", text)
 
     @property
     def everything(self) -> str:
         """All that the program has written anywhere, for a search for secrets."""
-        files = [path.read_text("utf-8", "replace") for path in sorted(self.folder.rglob("*")) if path.is_file()]
+        files = [path.read_text("utf-8", "replace") for path in self.folder.rglob("*") if path.is_file()]
         return "\n".join([self.console, self.errors, *files])
 
 
 class Running:
-    """A run under way in `folder`, with its console in files. A `with` block ends it for good.
-
-    `wrapper` is a command that starts it, such as nohup, and `program` what Python runs in place of main.py.
-    """
+    """A run under way, which a `with` block ends for good. `wrapper` is a command that starts it, such as nohup, and
+    `program` what Python runs in place of main.py."""
 
     def __init__(
-        self,
-        *arguments: str,
-        settings: Mapping[str, str],
-        folder: Path,
-        cwd: Path | None = None,
-        wrapper: Sequence[str] = (),
-        program: Sequence[str] = (str(ROOT / "main.py"),),
+        self, *arguments: str, settings: Any, folder: Path, cwd: Any = "/", wrapper: Any = (), program: Any = MAIN
     ) -> None:
         self.folder = folder
-        self._streams = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
-        coverage = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
-        coverage = {} if wrapper else coverage  # whose files and memory a wrapper's limits are not meant for
+        self._streams = out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        # A wrapper's limits are not meant for the files and memory of coverage.
+        coverage = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_") and not wrapper}
+        env = {**BARE, **coverage, **settings}
         (folder / "empty.env").touch()
-        self.process = subprocess.Popen(
-            [*wrapper, sys.executable, *program, "--env-file", str(folder / "empty.env"), *arguments],
-            env={**BARE, **coverage, **settings},
-            cwd=cwd or "/",
-            stdin=subprocess.DEVNULL,
-            stdout=self._streams[0],
-            stderr=self._streams[1],
-        )
+        command = [*wrapper, sys.executable, *program, "--env-file", str(folder / "empty.env"), *arguments]
+        self.process = subprocess.Popen(command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
 
     def __enter__(self) -> Running:
         return self
@@ -110,10 +96,10 @@ class Running:
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    def console(self) -> str:
+    def console(self, stream: int = 0) -> str:
         """What it has printed so far."""
-        self._streams[0].seek(0)
-        return self._streams[0].read()
+        descriptor = self._streams[stream].fileno()
+        return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode()  # the run writes at the same offset
 
     def wait_for(self, text: str, seconds: float = 30) -> None:
         """Until the console shows a text. Raises AssertionError when it does not."""
@@ -124,27 +110,18 @@ class Running:
 
     def wait(self, seconds: float = 60) -> Ended:
         code = self.process.wait(seconds)
-        for stream in self._streams:
-            stream.seek(0)
-        console, errors = (stream.read() for stream in self._streams)
-        return Ended(code if code >= 0 else 128 - code, console, errors, self.folder)
+        return Ended(code if code >= 0 else 128 - code, self.console(0), self.console(1), self.folder)
 
 
 Program = Callable[..., Ended]  # the types of conftest's fixtures
 Started = Callable[..., Running]
-Customers = Callable[..., dict[str, str]]
-Settings = Callable[..., dict[str, str]]
+Customers = Settings = Callable[..., dict[str, str]]
 
 
 def settings_for(database: Mapping[str, str], url: str, folder: Path, **more: str) -> dict[str, str]:
     """A whole set of settings: those of a database, Iterable's address, and results and log in `folder`."""
-    own = {
-        "ITERABLE_API_KEY": KEY,
-        "ITERABLE_API_BASE_URL": url,
-        "RESULTS_DIR": str(folder),
-        "LOG_FILE": str(folder / "run.log"),
-    }
-    return {**database, **own, **more}
+    own = {"ITERABLE_API_KEY": KEY, "ITERABLE_API_BASE_URL": url}
+    return {**database, **own, "RESULTS_DIR": str(folder), "LOG_FILE": str(folder / "run.log"), **more}
 
 
 def run(*arguments: str, settings: Mapping[str, str], folder: Path, seconds: float = 60) -> Ended:
