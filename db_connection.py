@@ -10,7 +10,6 @@ import ssl
 import struct
 import subprocess
 import sys
-import time
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +19,8 @@ import mysql.connector
 
 CONNECT_TIMEOUT = 10  # seconds
 QUERY_TIMEOUT = 600  # seconds without a byte from the server
-WAITS = (1.0, 2.0, 4.0)  # seconds between the tries to connect: most servers that restart are back by then
 
 _OLDEST = {"MySQL": (8, 0), "MariaDB": (10, 2)}  # the first with window functions and CTEs
-_TRY_AGAIN = {1040, 1053, 2002, 2003, 2005, 2013, 2055}
 _CLOSED = "The database closed the connection: check that the server runs, then run again"
 _CURES = {  # by the number that server or client give the error
     1040: "The database has no connection left: try again later, or raise max_connections",
@@ -34,13 +31,11 @@ _CURES = {  # by the number that server or client give the error
     1129: "The database blocks this host after too many errors: its administrator runs FLUSH HOSTS",
     1130: "The database does not let this host in: check the host part of the user's account",
     1142: "DB_USER may not read a table: GRANT SELECT on it to the user",
-    1143: "DB_USER may not read a column: GRANT SELECT on it to the user",
     1146: "A table is missing: check DB_NAME, or load database_setup.sql",
     1698: "The database refused the login: check DB_USER and DB_PASSWORD",
     2002: "No database answers on this socket: check DB_HOST, and that the server runs",
     2003: "No database answers there: check DB_HOST and DB_PORT, and that the server runs",
     2005: "The database's host name is unknown: check DB_HOST, and the network's DNS",
-    2006: _CLOSED,
     2013: _CLOSED,
     2026: "The encrypted connection to the database failed: check DB_SSL_CA and the server's certificate",
     2055: _CLOSED,
@@ -63,11 +58,9 @@ Record = namedtuple("Record", "user_id first_name email plan_type view_id page b
 
 
 def read_query(path: Path, name: str) -> str:
-    """The SQL statement that follows the line `-- name: <name>` in a file. Raises DatabaseError without one."""
-    try:
-        found = re.search(rf"^-- name: {name}$(.*?);$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatabaseError(f"{path} cannot be read: {error}") from error
+    """The SQL statement that follows the line `-- name: <name>` in a file. Raises DatabaseError, OSError."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    found = re.search(rf"^-- name: {name}$(.*?);$", text, re.MULTILINE | re.DOTALL)
     if not found:
         raise DatabaseError(f"{path} has no query under '-- name: {name}': restore the file")
     return found[1].strip()
@@ -102,7 +95,10 @@ class DatabaseConnection:
             self._config |= {"ssl_ca": ssl_ca, "ssl_verify_cert": True, "ssl_verify_identity": True}
 
     def __enter__(self) -> DatabaseConnection:
-        self._connection = self._connect()
+        try:
+            self._connection = mysql.connector.connect(**self._config)
+        except _ERRORS as error:
+            raise _in_words(error) from error
         try:
             self.server = self._check_version()
             self.execute_query("SET SESSION TRANSACTION READ ONLY")
@@ -146,17 +142,6 @@ class DatabaseConnection:
                 yield cursor
         except _ERRORS as error:
             raise _in_words(error) from error
-
-    def _connect(self) -> Any:
-        for wait in (*WAITS, None):
-            try:
-                return mysql.connector.connect(**self._config)
-            except _ERRORS as error:
-                if wait is None or _number(error) not in _TRY_AGAIN:
-                    raise _in_words(error) from error
-                log.info("The database does not answer yet, next try in %g s (%s)", wait, error)
-                time.sleep(wait)  # not cut by a stop: before the first user a signal ends the process
-        return None
 
     def _check_version(self) -> str:
         version = str(self.execute_query("SELECT VERSION() AS version")[0]["version"])

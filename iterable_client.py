@@ -19,7 +19,6 @@ from decimal import Decimal
 from threading import Event, Lock
 from time import monotonic
 from typing import Any, NamedTuple
-from urllib.parse import quote, unquote
 
 import certifi
 import requests
@@ -89,14 +88,8 @@ def event_payload(record: Any) -> dict[str, Any]:
     if not re.fullmatch(r"[A-Za-z0-9-]{1,512}", event_id):
         raise UnusableRow(f"an event in Iterable cannot have the id {event_id}: correct the id in page_views")
     fields = {**texts(record, "page", "browser", "location"), "timestamp": str(at)[:19], "candidate": "yes"}
-    seconds = int(at.timestamp())
-    return {
-        "email": address(record),
-        "eventName": "page_view",
-        "id": event_id,
-        "createdAt": seconds,
-        "dataFields": fields,
-    }
+    email, seconds = address(record), int(at.timestamp())
+    return {"email": email, "eventName": "page_view", "id": event_id, "createdAt": seconds, "dataFields": fields}
 
 
 def address(record: Any) -> str:
@@ -196,14 +189,14 @@ ADVICE: dict[str | int, str] = {
 def interpret(endpoint: str, status: int, text: str) -> CallResult:
     """What an answer means: the HTTP status first, then Iterable's `code` (contract 5)."""
     answer = parse(text)
-    code, message = (answer[key][:LONGEST_TEXT] if isinstance(answer.get(key), str) else "" for key in ("code", "msg"))
+    code, message = (answer[key] if isinstance(answer.get(key), str) else "" for key in ("code", "msg"))
     if 200 <= status < 300 and code == "Success" and DISALLOWED not in message:
         return CallResult(endpoint, True, status, code, message)
     clash = code == "RequestFieldsTypesMismatched"
-    reason = (type_clash(answer) if clash else reason_for(status, code, message))[:LONGEST_TEXT]
+    reason = type_clash(answer) if clash else reason_for(status, code, message)
+    shown = json.dumps(answer, ensure_ascii=False) if "\\" in text and answer else text  # no secret in odd escapes
+    body = " ".join(shown.split())
     retryable = status in TRY_AGAIN and not clash
-    shown = json.dumps(answer, ensure_ascii=False) if "\\" in text and answer else text  # no secret in escapes
-    body = " ".join(shown.split())[:LONGEST_TEXT]
     return CallResult(endpoint, False, status, code or None, message, reason, body, retryable=retryable)
 
 
@@ -310,7 +303,7 @@ class RateLimiter:
     """
 
     SLACK = 0.005  # seconds that a late thread may make up for
-    FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0  # seconds; doubled while there is nothing but 429
+    PAUSE = 0.25  # seconds, where the answer does not ask for a longer one
     LOOK = 0.1  # seconds after which a wait looks whether the run is stopping
 
     def __init__(self, rate: float, margin: float, stop: Event) -> None:
@@ -319,7 +312,6 @@ class RateLimiter:
         self._turn = Lock()  # of the one thread that waits: were many to wake late, they would start together
         self._lock = Lock()
         self._next = self._open_at = self._fell_at = 0.0  # monotonic seconds
-        self._pause = self.FIRST_PAUSE
 
     def acquire(self, unless: Event) -> bool:
         """Wait for a turn; False, at once, when `unless` is set. A stop cuts the pause after a 429 for everybody."""
@@ -343,21 +335,14 @@ class RateLimiter:
         return min(self._full, self._fallen_to + 0.01 * self._full * (now - self._fell_at))
 
     def throttled(self, sent_at: float, retry_after: float | None) -> None:
-        """A call that was sent then was answered 429."""
+        """A call that was sent then was answered 429. One that was on the wire before the last pause is no news."""
         with self._lock:
-            now = monotonic()
-            if sent_at >= self._open_at:  # else it was on the wire before the last pause, and says nothing new
-                if now - self._fell_at >= 1:
-                    self._fallen_to, self._fell_at = 0.7 * self._rate(now), now
-                if retry_after is None:
-                    retry_after, self._pause = self._pause, min(2 * self._pause, self.LONGEST_PAUSE)
-                log.debug("429: a pause of %.1f s, then %.1f calls/s", retry_after, self._rate(now))
-            self._open_at = max(self._open_at, now + (retry_after or 0.0))
-
-    def accepted(self, sent_at: float) -> None:
-        """A call that was sent then was answered with anything but a 429."""
-        if sent_at >= self._open_at:
-            self._pause = self.FIRST_PAUSE
+            now, news = monotonic(), sent_at >= self._open_at
+            pause = self.PAUSE * news if retry_after is None else retry_after
+            if news and now - self._fell_at >= 1:
+                self._fallen_to, self._fell_at = 0.7 * self._rate(now), now
+            self._open_at = max(self._open_at, now + pause)
+            log.debug("429: a pause of %.1f s, then %.1f calls/s", pause, self._rate(now))
 
 
 class IterableClient:
@@ -379,19 +364,12 @@ class IterableClient:
         endpoints = (USERS_UPDATE, EVENTS_TRACK, USERS_BULK_UPDATE, EVENTS_TRACK_BULK)
         self._limiters = {each: RateLimiter(each.rate(rate), each.margin, stop) for each in endpoints}
         self._headers = {"Api-Key": api_key, "Content-Type": "application/json", "User-Agent": "iterable-integration/2"}
-        self._key_as = {api_key, json.dumps(api_key)[1:-1], quote(api_key, safe="")} - {""}
-        self.redact: Callable[[str], str] = str
-        """Takes the secrets out of the texts of a result. The key is replaced before, in the answer itself."""
+        self.redact: Callable[[str], str] = lambda text: text.replace(api_key or "\0", "[secret]")
+        """Takes the secrets out of the texts of a result."""
         self._pool = connection_pool(base_url, workers)
         self._counting = Lock()
         self.calls = self.retries = 0  # requests made, and those of them that were not the first of their call
         self.refused: CallResult | None = None  # the answer that refused the API key
-
-    def __enter__(self) -> IterableClient:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.close()
 
     def halt(self) -> None:
         """Nothing is sent from now on; the calls on the wire end by themselves."""
@@ -413,13 +391,14 @@ class IterableClient:
         if len(group) < 2:
             return [self._call(single, group, unless) for _ in group]
         result = self._call(bulk, group, unless)
-        confirmed = result if result and result.ok else None
-        if result and not confirmed and unless.is_set():  # nobody is sent singly any more, and may have been told
+        if result and result.ok:
+            return [None if each.email in result.named else result for each in group]
+        if result and unless.is_set():  # nobody is sent singly any more, and may have been told
             return [result] * len(group)
-        if result and not confirmed:
+        if result:
             words = "%s: %s; its %d users are sent singly"
             log.info(words, result.headline, result.reason, len(group), extra={"file_only": True})
-        return [None if confirmed and each.email in confirmed.named else confirmed for each in group]
+        return [None] * len(group)
 
     def _call(self, endpoint: Endpoint, group: Sequence[Payload], unless: Event) -> CallResult | None:
         """One call, tried again as often as contract 5 says. `unless` forbids the first try, a stop any other."""
@@ -445,7 +424,6 @@ class IterableClient:
                 if monotonic() - throttled_since >= self._retry.longest_throttling:
                     break
                 continue
-            limiter.accepted(sent_at)
             tries, throttled_since = tries + 1, 0.0
             if not result.retryable or tries >= self._retry.max_attempts:
                 break
@@ -465,24 +443,17 @@ class IterableClient:
             text = read(response, self._timeout, most=65_536 + 2000 * len(emails))
         except (failures.HTTPError, http.client.HTTPException, OSError, ValueError) as error:
             retryable, words = describe_error(error)
-            words = self.redact(self._without_key(words))
+            words = self.redact(words)
             return CallResult(endpoint.path, False, message=words, reason=words, retryable=retryable), None
-        retry_after = self._retry.retry_after(response.headers.get("Retry-After"))
-        text = self._without_key(text)
-        result = (
-            interpret_bulk(endpoint.path, response.status, text, emails)
-            if endpoint.items
-            else interpret(endpoint.path, response.status, text)
-        )
+        if endpoint.items:
+            result = interpret_bulk(endpoint.path, response.status, text, emails)
+        else:
+            result = interpret(endpoint.path, response.status, text)
         reason = result.reason.replace(emails[0] or "\0", "<email>")
         texts = (result.code or "", result.message, reason, result.body)
-        code, message, reason, answer = (self.redact(self._without_key(text)) for text in texts)  # it was in escapes
-        return replace(result, code=code or None, message=message, reason=reason, body=answer), retry_after
-
-    def _without_key(self, text: str) -> str:
-        for form in self._key_as:
-            text = text.replace(form, "[secret]")
-        return text
+        code, message, reason, shown = (self.redact(text)[:LONGEST_TEXT] for text in texts)
+        retry_after = self._retry.retry_after(response.headers.get("Retry-After"))
+        return replace(result, code=code or None, message=message, reason=reason, body=shown), retry_after
 
 
 def read(response: urllib3.BaseHTTPResponse, timeout: float, most: int) -> str:
@@ -511,24 +482,21 @@ def connection_pool(base_url: str, workers: int) -> urllib3.HTTPConnectionPool:
     """
     environment = requests.Session().merge_environment_settings(base_url, {}, None, None, None)
     authorities = certifi.where() if environment["verify"] is True else str(environment["verify"])
-    folder = os.path.isdir(authorities)
+    place: dict[str, Any] = {"capath" if os.path.isdir(authorities) else "cafile": authorities}
     try:
-        context = ssl.create_default_context(
-            cafile=None if folder else authorities, capath=authorities if folder else None
-        )
+        context = ssl.create_default_context(**place)
     except OSError as error:
         raise OSError(f"The CA file {authorities} (REQUESTS_CA_BUNDLE) cannot be read: {error}") from error
-    options: dict[str, Any] = {"ssl_context": context, "maxsize": workers}
     proxy = requests.utils.select_proxy(base_url, environment["proxies"])
     if not proxy or base_url.startswith("http:"):  # plain http is for this machine, and would show a proxy the key
-        return urllib3.PoolManager(**options).connection_from_url(base_url)
-    name = "HTTPS_PROXY" if proxy == environment["proxies"].get("https") else "ALL_PROXY"
-    parts = re.fullmatch(r"(?:(\w+)://)?(?:([^@/?#]*)@)?([^@/?#]+)/?", proxy)
-    if not parts:
-        raise OSError(f"The address in {name} is of no use: / ? # @ in its password are written %2F %3F %23 %40")
-    if parts[1] not in (None, "http", "https"):
-        raise OSError(f"{name} names a {parts[1]} proxy: only http and https proxies can be used")
-    login = urllib3.make_headers(proxy_basic_auth=unquote(parts[2])) if parts[2] else None
-    url = f"{parts[1] or 'http'}://{parts[3]}"
-    manager = urllib3.ProxyManager(url, proxy_headers=login, proxy_ssl_context=context, **options)
-    return manager.connection_from_url(base_url)
+        return urllib3.PoolManager(ssl_context=context, maxsize=workers).connection_from_url(base_url)
+    try:
+        if not re.fullmatch(r"(https?://)?([^@/?#]*@)?[^@/?#]+/?", proxy):
+            raise ValueError
+        adapter, url = requests.adapters.HTTPAdapter(pool_maxsize=workers), "http://" * ("://" not in proxy) + proxy
+        manager = adapter.proxy_manager_for(url, ssl_context=context, proxy_ssl_context=context)
+        pool: urllib3.HTTPConnectionPool = manager.connection_from_url(base_url)
+    except ValueError:
+        form = "http://user:password@host:port, with / ? # @ in the password as %2F %3F %23 %40"
+        raise OSError(f"HTTPS_PROXY or ALL_PROXY is of no use: it must be like {form}") from None
+    return pool

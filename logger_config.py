@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fcntl
 import itertools
@@ -9,7 +10,6 @@ import json
 import logging
 import logging.handlers
 import os
-import re
 import stat
 import sys
 import time
@@ -34,11 +34,12 @@ def redactor(*secrets: str) -> Callable[[str], str]:
 
     Secrets of fewer than 4 characters are left: they stand inside ordinary words, and the gaps would spell them out.
     """
-    long = [secret for secret in secrets if len(secret) >= 4]
-    in_json = [json.dumps(secret, ensure_ascii=only_ascii)[1:-1] for secret in long for only_ascii in (True, False)]
-    in_url = [quote(secret, safe, errors="replace") for secret in long for safe in ("", "/")]
-    in_form = [quote_plus(secret, errors="replace") for secret in long]
-    longest_first = sorted({*long, *in_json, *in_url, *in_form}, key=len, reverse=True)
+    forms: set[str] = set()
+    for secret in secrets:
+        in_json = (json.dumps(secret, ensure_ascii=only_ascii)[1:-1] for only_ascii in (True, False))
+        in_url = (quote(secret, safe, errors="replace") for safe in ("", "/"))
+        forms |= {secret, *in_json, *in_url, quote_plus(secret, errors="replace")} if len(secret) >= 4 else set()
+    longest_first = sorted(forms, key=len, reverse=True)
 
     def redact(text: str) -> str:
         for form in longest_first:
@@ -60,7 +61,9 @@ def setup_logger(
     console = _Console(sys.stdout)
     console.setLevel(logging.WARNING if quiet else logging.INFO)
     console.addFilter(lambda record: not getattr(record, "file_only", False))
-    console.setFormatter(_Formatter("%(message)s", redact, marks=console.shows("✓✗⚠")))
+    console.setFormatter(_Formatter("%(message)s", redact))
+    with contextlib.suppress(AttributeError):  # not a real console, or none
+        console.stream.reconfigure(errors="without_marks")
     logging.basicConfig(level=logging.INFO, handlers=[console], force=True)
     for package in ("urllib3", "mysql.connector"):  # what they tell is said again, in better words, by our modules
         logging.getLogger(package).setLevel(logging.ERROR)
@@ -84,32 +87,33 @@ class _Formatter(logging.Formatter):
     default_time_format = "%Y-%m-%dT%H:%M:%S%z"
     default_msec_format = None
 
-    def __init__(self, layout: str, redact: Callable[[str], str], *, marks: bool = True) -> None:
+    def __init__(self, layout: str, redact: Callable[[str], str]) -> None:
         super().__init__(layout)
-        self._redact, self._marks = redact, marks
+        self._redact = redact
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = self._redact(record.message)
         if not record.message.isprintable():
             record.message = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in record.message)
-        text = super().formatMessage(record)
-        return text if self._marks else re.sub("[✓✗⚠] ?", "", text)
+        return super().formatMessage(record)
 
     def formatException(self, exc_info: Any) -> str:
         return self._redact(super().formatException(exc_info))
 
 
-class _Console(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 has no StreamHandler[...]
-    """A console that may lack characters, or go away (`| head`, a closed terminal): the run goes on without."""
+def _without_marks(error: Any) -> tuple[str | bytes, int]:
+    """For a console that lacks a character: a mark goes, with the blank behind it; any other becomes an escape."""
+    error.end = error.start + 1
+    if error.object[error.start] in "✓✗⚠":
+        return "", error.end + error.object.startswith(" ", error.end)
+    return codecs.backslashreplace_errors(error)
 
-    def shows(self, characters: str) -> bool:
-        with contextlib.suppress(AttributeError):  # not a real console, or none
-            self.stream.reconfigure(errors="backslashreplace")
-        try:
-            characters.encode(getattr(self.stream, "encoding", None) or "ascii")
-        except UnicodeEncodeError:
-            return False
-        return True
+
+codecs.register_error("without_marks", _without_marks)
+
+
+class _Console(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 has no StreamHandler[...]
+    """A console that may go away (`| head`, a closed terminal): the run goes on without."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         self.setLevel(logging.CRITICAL + 1)
@@ -168,7 +172,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-to_json = json.JSONEncoder(ensure_ascii=False).encode
+to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode  # str for a value of a row that is no text
 from_json = json.JSONDecoder().raw_decode
 
 
@@ -184,20 +188,16 @@ class ResultsFile:
         run = {"number": number, "started_at": started.isoformat(timespec="seconds"), **run}
         while any(folder.glob(f"integration_results_{started:%Y%m%d_%H%M%S}.json*")):
             started += timedelta(seconds=1)
-        self.path = folder / f"integration_results_{started:%Y%m%d_%H%M%S}.json"
-        self._partial = self.path.with_suffix(".json.partial")
+        self._whole = folder / f"integration_results_{started:%Y%m%d_%H%M%S}.json"
+        self.path = self._whole.with_suffix(".json.partial")
         self._separator, self._synced = "", time.monotonic()
         self._failure: OSError | None = None
         try:
-            self._file = open(self._partial, "xb", opener=_open_private)  # noqa: SIM115
+            self._file = open(self.path, "xb", opener=_open_private)  # noqa: SIM115
             self._write(f'{{\n"run": {to_json(run)},\n"results": [\n')
         except OSError as error:
-            self._partial.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
             raise OSError(f"RESULTS_DIR cannot be written: {error}") from error
-
-    @property
-    def place(self) -> str:
-        return str(self.path) if self.path.exists() else f"{self._partial}, without its end"
 
     def add(self, line: str, *, at_once: bool = True) -> None:
         """Add a user's line. Where nobody was told, it need not be written at once."""
@@ -208,7 +208,7 @@ class ResultsFile:
         self._write(f'\n],\n"summary": {to_json(summary)}\n}}\n')
         os.fsync(self._file.fileno())
         self._file.close()
-        self._partial.rename(self.path)
+        self.path = self.path.rename(self._whole)
 
     def _write(self, text: str, *, at_once: bool = True) -> None:
         if self._failure:
@@ -222,8 +222,9 @@ class ResultsFile:
                 os.fsync(self._file.fileno())
                 self._synced = time.monotonic()
         except OSError as error:
-            self._failure = error
-            raise
+            advice = "make room, or change RESULTS_DIR; whom the log alone names is told once more by the next run"
+            self._failure = OSError(f"{self.path} cannot be written ({error}): {advice}")
+            raise self._failure from error
 
 
 # The memory of --changed-only: what the results files of the folder say
@@ -243,45 +244,47 @@ def verdict(line: Mapping[str, Any]) -> str | None:
     return to_json([fingerprint, line.get("problem"), reasons])
 
 
-def read_memory(folder: Path) -> dict[str | int | None, str]:
+def read_memory(folder: Path) -> dict[str, str]:
     """The last verdict on each user id. What cannot be read is skipped with a warning: its users are sent again.
 
     Dry runs told nobody. A user who was not attempted keeps the verdict there was, unless a bulk call may have told
     something newer, which the fingerprint then shows.
     """
-    memory: dict[str | int | None, str] = {}
+    memory: dict[str, str] = {}
     for head, path in _earlier_runs(folder, complain=True):
         if head["mode"] != "send":
             continue
-        damaged, torn, whole = 0, False, (partial := path.suffix == ".partial")
+        damaged, torn, whole = 0, False, False
         try:
             with path.open(encoding="utf-8", errors="surrogateescape") as lines:
                 for text in itertools.islice(lines, 3, None):
-                    if text == "],\n":
-                        whole, torn = True, False
+                    if whole := text == "],\n":
                         break
-                    torn = not (text.isspace() or _remember(text, memory, told=not partial))
+                    torn = not (text.isspace() or _remember(text, memory, told=path.suffix == ".json"))
                     damaged += torn
         except OSError as error:
             log.warning("%s is not used as memory: %s", path, error)
-        damaged -= torn and partial  # a run that was killed leaves its last line so
-        if damaged or not whole:
-            log.warning("%s is used as memory in part: %d line(s) are damaged or missing", path, damaged + (not whole))
+        if not whole:  # a run that was killed leaves its last line torn
+            damaged += -torn if path.suffix == ".partial" else 1
+        if damaged:
+            log.warning("%s is used as memory in part: %d line(s) are damaged or missing", path, damaged)
     return memory
 
 
-def _remember(text: str, memory: dict[str | int | None, str], *, told: bool) -> bool:
+def _remember(text: str, memory: dict[str, str], *, told: bool) -> bool:
     """Whether the line was whole. A failure is known when it was `told`, which a killed run may not have come to."""
     try:
         line, end = from_json(text)
-        user, status, fingerprint = line["user_id"], line["status"], line["fingerprint"]
+        user, status, fingerprint = str(line["user_id"]), line["status"], line["fingerprint"]
+        if text[end:].strip(",\n"):  # the beginning of the next line is lost
+            return False
         if (news := verdict(line)) and (told or status == "success"):
             memory[user] = news
         elif status != "not_attempted" or (fingerprint and fingerprint not in memory.get(user, "")):
             memory.pop(user, None)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
-    return not text[end:].strip(",\n")  # else the next line may have lost its beginning
+    return True
 
 
 def _earlier_runs(folder: Path, *, complain: bool = False) -> list[tuple[dict[str, Any], Path]]:
@@ -291,8 +294,6 @@ def _earlier_runs(folder: Path, *, complain: bool = False) -> list[tuple[dict[st
         [*folder.glob("integration_results_*.json"), *folder.glob("integration_results_*.json.partial")]
     ):
         try:
-            if path.is_fifo():
-                raise OSError("it is a pipe")
             with path.open(encoding="utf-8", errors="replace") as lines:
                 lines.readline()
                 run = json.loads("{" + lines.readline().rstrip(",\n") + "}")["run"]

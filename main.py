@@ -10,8 +10,6 @@ import contextlib
 import functools
 import gc
 import hashlib
-import io
-import itertools
 import json
 import logging
 import math
@@ -24,18 +22,16 @@ import sys
 import tempfile
 import threading
 import time
-from _thread import start_new_thread
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote
-from urllib.request import getproxies
 
 try:
-    import dotenv.parser
+    import dotenv
 
     import iterable_client as iterable
     import logger_config as trace
@@ -51,8 +47,8 @@ HERE = Path(__file__).resolve().parent
 QUERIES = HERE / "phase2_queries.sql"
 SUCCESS, NOT_ALL, BAD_SETTINGS, DATABASE_FAILED, GIVEN_UP, LOCKED = 0, 1, 2, 3, 4, 75  # exit codes (contract 3)
 UNUSABLE_IN_A_ROW = 20  # users without a usable answer, after which the run is given up
-ROOM = 64_000_000  # bytes of memory that must be free for a thread to start
-MOST_IN_FLIGHT = 20_000  # users: more would only wait for their turn, and take room
+ROOM, ROOM_OF_A_THREAD = 128_000_000, 80_000_000  # bytes of addresses: libraries crash where none are left
+MOST_IN_FLIGHT = 10_000  # users: more would only wait for their turn, and take room
 MANY, LARGE = 100, 5000  # users, above which the console shows progress, and above which --bulk is recommended
 SHOWN_FAILURES, SHOWN_REASONS, SHOWN_PAYLOADS = 20, 10, 3
 
@@ -63,7 +59,7 @@ log = logging.getLogger(__name__)
 
 
 class SettingsError(Exception):
-    """Settings are missing, empty, malformed or of no use. The text names them all, and no secret's value."""
+    """Settings are missing, empty, malformed or of no use. The text names them all, and no value of a setting."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +88,24 @@ def load_environment_variables(
 ) -> Settings:
     """The settings of `environ`, else of the `.env` file (contract 2). Raises SettingsError, all complaints at once."""
     complaints: list[str] = []
-    values = {**read_env_file(env_file, complaints), **environ}
-    secrets = [read_secret("DB_PASSWORD", values, complaints)]
-    secrets += [read_secret("ITERABLE_API_KEY", values, complaints if needs_key else [])]
+    values: dict[str, str | None] = {}
+    try:  # nothing is interpolated: a password may hold ${...}
+        values |= dotenv.dotenv_values(env_file, interpolate=False, encoding="utf-8-sig")
+        if env_file != HERE / ".env":
+            env_file.stat()
+    except (OSError, UnicodeDecodeError) as error:
+        complaints.append(f"{env_file} cannot be read ({getattr(error, 'strerror', None) or 'it is not text'})")
+    values |= environ
+    read_secret("DB_PASSWORD", values, complaints)
+    read_secret("ITERABLE_API_KEY", values, complaints if needs_key else [])
 
-    def get(name: str, default: str | None = None, parse: Callable[[str], Any] = plain, *, blank: bool = False) -> Any:
-        text = values.get(name) if blank else values.get(name, "").strip() or default
+    def get(name: str, default: str | None = None, parse: Callable[[str], Any] = str, *, blank: bool = False) -> Any:
+        text = values.get(name) if blank else (values.get(name) or "").strip() or default
         try:
             if text is None:
                 raise ValueError("is empty" if name in values else "is missing")
+            if "\0" in text:
+                raise ValueError("has a NUL character")
             return parse(text)
         except ValueError as complaint:
             complaints.append(f"{name} {complaint}")
@@ -111,7 +116,7 @@ def load_environment_variables(
         db_password=get("DB_PASSWORD", blank=True),
         db_name=get("DB_NAME"),
         db_port=get("DB_PORT", "3306", number(1, 65535)),
-        db_ssl_ca=get("DB_SSL_CA", "", readable_file),
+        db_ssl_ca=get("DB_SSL_CA", "", lambda text: text and str(HERE / text)),
         iterable_api_key=get("ITERABLE_API_KEY", None if needs_key else "", api_key),
         iterable_api_base_url=get("ITERABLE_API_BASE_URL", "https://api.iterable.com", base_url),
         iterable_rate_limit=get("ITERABLE_RATE_LIMIT", "450", number(1, 100_000)),
@@ -119,39 +124,27 @@ def load_environment_variables(
         iterable_timeout=get("ITERABLE_TIMEOUT", "30", number(0.1, 3600, float)),
         max_workers=get("MAX_WORKERS", "300", number(1, 2000)),
         log_level=get("LOG_LEVEL", "INFO", level),
-        log_file=get("LOG_FILE", "iterable_integration.log", path),
-        results_dir=get("RESULTS_DIR", ".", path),
+        log_file=get("LOG_FILE", "iterable_integration.log", HERE.joinpath),
+        results_dir=get("RESULTS_DIR", ".", HERE.joinpath),
     )
     if complaints:
         advice = f"Set them in {env_file} (cp .env.example .env, then fill it in) or in the environment"
-        said = redactor(*secrets)(f"Settings: {'; '.join(complaints)}")
-        raise SettingsError(f"{said}. {advice}. To see a run without any: bash tests/demo.sh")
+        said = "; ".join(complaints)
+        raise SettingsError(f"Settings: {said}. {advice}. To see a run without any: bash tests/demo.sh")
     return settings
 
 
-def read_env_file(env_file: Path, complaints: list[str]) -> dict[str, str]:
-    try:
-        text = env_file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        if not (isinstance(error, FileNotFoundError) and env_file == HERE / ".env"):
-            complaints.append(f"{env_file} cannot be read ({getattr(error, 'strerror', None) or error})")
-        return {}
-    lines = list(dotenv.parser.parse_stream(io.StringIO(text)))  # nothing is interpolated: a password may hold ${...}
-    complaints += [f"{env_file} has a line that cannot be understood"] if any(line.error for line in lines) else []
-    return {line.key: line.value or "" for line in lines if line.key}
-
-
-def read_secret(name: str, values: dict[str, str], complaints: list[str]) -> str:
-    """A secret of `values`, where that of the file that `<name>_FILE` names is put, without a line break at its end."""
-    if file := values.get(f"{name}_FILE", "").strip():
-        if values.get(name):
-            complaints.append(f"{name} and {name}_FILE are both set: keep one of them")
+def read_secret(name: str, values: dict[str, str | None], complaints: list[str]) -> None:
+    """Set a secret to what the file that `<name>_FILE` names holds, without a line break at its end."""
+    file = (values.get(f"{name}_FILE") or "").strip()
+    if file and values.get(name):
+        complaints.append(f"{name} and {name}_FILE are both set: keep one of them")
+    elif file:
         try:
-            values[name] = values.get(name) or re.sub(r"\r?\n\Z", "", path(file).read_bytes().decode())
+            values[name] = re.sub(r"\r?\n\Z", "", HERE.joinpath(file).read_bytes().decode())
         except (OSError, ValueError) as error:
             complaints.append(f"{name}_FILE cannot be read ({getattr(error, 'strerror', None) or 'it is not text'})")
             values[name] = "unknown"
-    return values.get(name, "")
 
 
 def matching(pattern: str, complaint: str) -> Callable[[str], str]:
@@ -163,26 +156,15 @@ def matching(pattern: str, complaint: str) -> Callable[[str], str]:
     return parse
 
 
-plain = matching(r"[^\0\ud800-\udfff]*", "has bytes that are not text")
 api_key = matching("[!-~]*", "has a character that no key has: copy it again")
 level = matching("DEBUG|INFO|WARNING|ERROR", "must be DEBUG, INFO, WARNING or ERROR")
 
 
-def path(text: str) -> Path:
-    return HERE / plain(text)
-
-
-def readable_file(text: str) -> str:
-    if text and not (path(text).is_file() and os.access(path(text), os.R_OK)):
-        raise ValueError(f"must be a file that can be read, unlike {path(text)}")
-    return text and str(path(text))
-
-
-def number(low: float, high: float, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
+def number(low: float, high: float, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         plausible = re.fullmatch(r"\d{1,9}" if kind is int else r"\d{1,9}(\.\d{1,9})?", text, re.ASCII)
         if not plausible or not low <= kind(text) <= high:
-            raise ValueError(f"must be a {'whole ' * (kind is int)}number from {low} to {high}, not '{text}'")
+            raise ValueError(f"must be a {'whole ' * (kind is int)}number from {low} to {high}")
         return kind(text)
 
     return parse
@@ -235,7 +217,7 @@ class Delivery:
     without_calls: str = "not_attempted"  # the status while no call was made: also would_send and unchanged
     users_update: CallResult | None = None
     events_track: CallResult | None = None
-    known: bool = False  # whether it failed before, with the same payloads and for the same reason
+    hidden: bool = False  # from a quiet console, which had the same failure before
 
     @property
     def calls(self) -> list[CallResult]:
@@ -252,7 +234,7 @@ class Delivery:
 
     @property
     def to_send(self) -> bool:
-        return bool(self.user.json) and not self.problem and self.without_calls == "not_attempted"
+        return not self.problem and self.without_calls == "not_attempted"
 
     @property
     def reasons(self) -> list[Reason]:
@@ -264,13 +246,9 @@ class Delivery:
 
     def as_line(self) -> dict[str, Any]:
         """The user's line in the results file (contract 7)."""
-        line: dict[str, Any] = {
-            name: getattr(self, name) for name in ("record", "user_id", "email", "event_id", "status")
-        }
-        for name, call in (("users_update", self.users_update), ("events_track", self.events_track)):
-            line[name] = call and call.as_json
-        line |= {"problem": self.problem} if self.problem else {}
-        return {**line, "fingerprint": self.fingerprint}
+        names = ("record", "user_id", "email", "event_id", "status", "users_update", "events_track", "fingerprint")
+        line = {name: getattr(self, name) for name in names} | ({"problem": self.problem} if self.problem else {})
+        return line | {name: call.as_json for name, call in line.items() if isinstance(call, CallResult)}
 
 
 def prepare(number: int, record: Record, settings: Settings, seen: dict[str, Any]) -> Delivery:
@@ -278,7 +256,7 @@ def prepare(number: int, record: Record, settings: Settings, seen: dict[str, Any
 
     The fingerprint is a SHA-256 of both payloads and of the project that they go to (contract 7).
     """
-    delivery = Delivery(number, printable(record.user_id), printable(record.email))
+    delivery = Delivery(number, record.user_id, record.email)
     try:
         user, event = iterable.user_payload(record), iterable.event_payload(record)
     except iterable.UnusableRow as problem:
@@ -298,13 +276,6 @@ def prepare(number: int, record: Record, settings: Settings, seen: dict[str, Any
     return delivery
 
 
-def printable(value: Any) -> Any:
-    """A value of a row as JSON can have it."""
-    if isinstance(value, bytes | bytearray):
-        return value.decode("utf-8", "backslashreplace")
-    return value if value is None or isinstance(value, int | str) else str(value)
-
-
 # Sending
 
 
@@ -318,6 +289,14 @@ class Stop(threading.Event):
         if not self.why:
             self.outcome, self.exit_code, self.why = outcome, exit_code, why
         self.set()
+
+    def crash(self, error: BaseException) -> None:
+        """Out of memory or of threads, or what nobody thought of."""
+        log.critical("Unexpected error", exc_info=error, extra=FILE_ONLY)
+        what = f"{type(error).__name__}: {error}"
+        if isinstance(error, MemoryError | OSError) or "thread" in what:
+            what = f"out of memory or threads ({what}): lower MAX_WORKERS, or raise ulimit -v or -u"
+        self.ask("aborted", NOT_ALL, f"{what}; the log file has the details")
 
 
 def listen_for_signals() -> Stop:
@@ -349,68 +328,13 @@ def listen_for_signals() -> Stop:
     return stop
 
 
-class Crew:
-    """Threads that do `work` on groups of deliveries: `most` of them, or as many as there can be.
-
-    Not threading.Thread: its start() waits for ever for a thread that dies at birth for want of memory. Raises
-    RuntimeError when none comes alive.
-    """
-
-    def __init__(self, work: Callable[[list[Delivery]], None], most: int) -> None:
-        self._work = work
-        self._todo, self._done = queue.SimpleQueue[list[Delivery]](), queue.SimpleQueue[Any]()
-        self._threads = self.groups = self.users = 0  # the latter two in flight
-        with contextlib.suppress(RuntimeError, OSError, queue.Empty):
-            while self._threads < most:
-                mmap.mmap(-1, ROOM).close()  # where nothing is left for the calls, libraries crash
-                start_new_thread(self._run, ())
-                self._done.get(timeout=10)  # it is alive
-                self._threads += 1
-        if not self._threads:
-            raise RuntimeError("no thread can be started: raise ulimit -u or -v")
-        if self._threads < most:
-            log.warning("Only %d thread(s) can be started: lower MAX_WORKERS, or raise ulimit -u or -v", self._threads)
-
-    @property
-    def has_room(self) -> bool:
-        return self.groups < self._threads and self.users < MOST_IN_FLIGHT
-
-    def give(self, group: list[Delivery]) -> None:
-        self._todo.put(group)
-        self.groups += 1
-        self.users += len(group)
-
-    def take(self, timeout: float) -> list[Delivery]:
-        """A group that is done, or nothing after `timeout` seconds. Raises what the work raised."""
-        try:
-            group, error = self._done.get(timeout=timeout)
-        except queue.Empty:
-            return []
-        self.groups -= bool(group)  # a thread that came alive late has none
-        self.users -= len(group)
-        if error:
-            raise error
-        return list(group)
-
-    def _run(self) -> None:
-        self._done.put(([], None))
-        while True:
-            self._done.put(self._do(self._todo.get()))  # no name here, which would keep a group that is done
-
-    def _do(self, group: list[Delivery]) -> tuple[list[Delivery], BaseException | None]:
-        try:
-            self._work(group)
-        except BaseException as error:  # noqa: BLE001 - raised again by take()
-            return group, error
-        return group, None
-
-
-def send(group: Sequence[Delivery], client: IterableClient) -> None:
-    """Both calls of a group, as far as they are still to be made. Runs in a thread of the crew."""
+def send(group: list[Delivery], client: IterableClient) -> list[Delivery]:
+    """Both calls of a group, as far as they are still to be made. Runs in many threads."""
     update = [each for each in group if each.users_update is None]
     make(update, "users_update", lambda: client.update_users([each.user for each in update]))
     track = [each for each in group if each.users_update and not each.users_update.forgotten]
     make(track, "events_track", lambda: client.track_events([each.event for each in track]))
+    return group
 
 
 def make(group: Sequence[Delivery], name: str, call: Callable[[], iterable.Verdicts]) -> None:
@@ -442,79 +366,79 @@ def in_groups(deliveries: Iterable[Delivery], most: int) -> Iterator[list[Delive
         yield group
 
 
-def deliver(groups: Iterator[list[Delivery]], crew: Crew, stop: Stop) -> Iterator[Delivery | None]:
-    """Send the groups, and yield each user when it is done; None when none was for a while.
-
-    Who has no verdict after a bulk call comes back as a group of one. Who has the update gets the event after a stop.
-    """
-    singly: deque[list[Delivery]] = deque()
-    upcoming = next(groups, None)
-    while singly or upcoming or crew.groups:
-        pause = 0.1  # seconds after which a stop is seen
-        if (singly or upcoming) and crew.has_room:
-            pause = 0.0
-            group = singly.popleft() if singly else upcoming or []
-            upcoming = next(groups, None) if group is upcoming else upcoming
-            if group[0].to_send and (group[0].users_update or not stop.is_set()):
-                crew.give(group)
-            else:
-                yield from group
-        if crew.groups:
-            done = crew.take(pause)
-            for delivery in done:
-                if delivery.events_track or len(done) == 1:
-                    yield delivery
-                else:
-                    singly.append([delivery])
-            if not done:
-                yield None
-
-
-def deliver_all(
-    records: deque[Record], client: IterableClient, settings: Settings, options: argparse.Namespace, report: Report
-) -> None:
+def deliver(records: deque[Record], client: IterableClient, settings: Settings, report: Report) -> None:
     """Send all that is to be sent, record each user when it is done, and give up when going on is of no use.
 
     Whatever goes wrong on the way, who was told is on record in the end, and the rest is not attempted.
     """
-    stop, crew = report.stop, None
-    groups = in_groups(prepared(records, settings, options, report), iterable.MOST_ITEMS if options.bulk else 1)
-    try:
-        crew = Crew(functools.partial(send, client=client), min(settings.max_workers, max(report.total, 1)))
-        for delivery in deliver(groups, crew, stop):
-            report.progress()
-            if delivery:
-                report.record(delivery)
-            if report.unusable_in_a_row >= UNUSABLE_IN_A_ROW and not stop.is_set():
-                client.halt()
-                stop.ask("aborted", GIVEN_UP, f"{UNUSABLE_IN_A_ROW} users in a row got no usable answer")
-            if client.refused:
-                stop.ask("aborted", GIVEN_UP, client.refused.reason)
-    except Exception as error:  # out of memory or of threads, or what nobody thought of
-        log.critical("Unexpected error", exc_info=True, extra=FILE_ONLY)
-        why = "out of memory" if isinstance(error, MemoryError) else f"{type(error).__name__}: {error}"
-        stop.ask("aborted", NOT_ALL, f"{why}; the log file has the details")
-        while crew and crew.groups:
-            with contextlib.suppress(Exception):
-                crew.take(0.1)
-        for delivery in itertools.chain([*report.open.values()], prepared(records, settings, options, report)):
-            report.record(delivery)
+    stop, workers = report.stop, min(settings.max_workers, max(report.total, 1))
+    with ThreadPoolExecutor(workers) as threads:
+        try:
+            room = ROOM + workers * ROOM_OF_A_THREAD
+            mmap.mmap(-1, room, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ).close()
+            groups = in_groups(prepared(records, settings, report), iterable.MOST_ITEMS if report.options.bulk else 1)
+            for delivery in delivered(groups, client, threads, report):
+                report.progress()
+                if delivery:
+                    report.record(delivery)
+                if report.unusable_in_a_row >= UNUSABLE_IN_A_ROW and not stop.is_set():
+                    client.halt()
+                    stop.ask("aborted", GIVEN_UP, f"{UNUSABLE_IN_A_ROW} users in a row got no usable answer")
+                if client.refused:
+                    stop.ask("aborted", GIVEN_UP, client.refused.reason)
+        except Exception as error:  # noqa: BLE001 - of whatever kind it is
+            stop.crash(error)
+    for delivery in [*report.open.values(), *prepared(records, settings, report)]:
+        report.record(delivery)
 
 
-def prepared(
-    records: deque[Record], settings: Settings, options: argparse.Namespace, report: Report
-) -> Iterator[Delivery]:
+def delivered(
+    groups: Iterator[list[Delivery]], client: IterableClient, threads: ThreadPoolExecutor, report: Report
+) -> Iterator[Delivery | None]:
+    """Send the groups, and yield each user when it is done; None when none was for a while.
+
+    Who has no verdict after a bulk call comes back as a group of one. Who has the update gets the event after a stop.
+    """
+    done: queue.SimpleQueue[Future[list[Delivery]]] = queue.SimpleQueue()
+    singly: deque[list[Delivery]] = deque()
+    more, group = True, None
+    while more or report.open:
+        if singly:
+            group = singly.popleft()
+        elif len(report.open) < MOST_IN_FLIGHT:
+            group = next(groups, None)
+            more = group is not None
+        else:
+            group = None
+        if group and group[0].to_send and (group[0].users_update or not report.stop.is_set()):
+            threads.submit(send, group, client).add_done_callback(done.put)
+        else:
+            yield from group or ()
+        if report.open and not (group and done.empty()):
+            finished = []
+            with contextlib.suppress(queue.Empty):
+                finished = done.get(timeout=0.1).result()
+            for delivery in finished:
+                if delivery.events_track or len(finished) == 1:
+                    yield delivery
+                else:
+                    singly.append([delivery])
+            if not finished:
+                yield None
+
+
+def prepared(records: deque[Record], settings: Settings, report: Report) -> Iterator[Delivery]:
     """A delivery for each record. Uses up the records; what is left at a stop is not prepared."""
     seen: dict[str, Any] = {}
     while records:
-        number = report.total - len(records) + 1
+        number, record = report.total - len(records) + 1, records[0]
         if report.stop.is_set():
-            delivery = Delivery(number, printable(records[0].user_id), printable(records[0].email))
+            delivery = Delivery(number, record.user_id, record.email)
         else:
-            delivery = prepare(number, records[0], settings, seen)
-            if delivery.fingerprint and report.memory.get(delivery.user_id) == delivery.fingerprint:
+            delivery = prepare(number, record, settings, seen)
+            if delivery.fingerprint and report.memory.get(str(delivery.user_id)) == delivery.fingerprint:
                 delivery.without_calls = "unchanged"
-            elif options.dry_run:
+            elif report.options.dry_run:
                 delivery.without_calls = "would_send"
         report.open[number] = delivery
         records.popleft()
@@ -524,10 +448,10 @@ def prepared(
 # Reporting
 
 TOLD = {
-    "success": (logging.INFO, "✓ Successfully processed user"),
-    "forgotten": (logging.INFO, "Forgotten at the user's own request, so not told"),
-    "partial_failure": (logging.ERROR, "⚠ Partially processed user"),
-    "total_failure": (logging.ERROR, "✗ Failed user"),
+    "success": "✓ Successfully processed user",
+    "forgotten": "Forgotten at the user's own request, so not told",
+    "partial_failure": "⚠ Partially processed user",
+    "total_failure": "✗ Failed user",
 }
 COUNTED = {
     "success": "✓ Successful (both API calls)",
@@ -551,15 +475,10 @@ class Report:
         self.total, self.options, self.memory, self.results, self.stop = total, options, memory, results, stop
         self.open: dict[int, Delivery] = {}  # not yet on record
         self.counts: Counter[str] = Counter()  # by status
-        self.unusable_in_a_row = self._told = self._told_failures = 0
-        self._reasons, self._known_reasons = Counter[Reason](), Counter[Reason]()  # each with the number of users
+        self.failures = self.unusable_in_a_row = self._told = self._shown_failures = 0
+        self._news, self._hidden = Counter[Reason](), Counter[Reason]()  # each with the number of users
         self._untold: dict[int, Delivery] = {}
-        self._began = time.monotonic()
-        self._trail = deque([(self._began, 0)], maxlen=6)  # (when, users done) of the last progress lines
-
-    @property
-    def failures(self) -> int:
-        return self.counts["partial_failure"] + self.counts["total_failure"]
+        self._began = self._last_progress = time.monotonic()
 
     def record(self, delivery: Delivery) -> None:
         """Put a user on record who is done, and tell whose turn it is."""
@@ -568,21 +487,20 @@ class Report:
         if status == "would_send":
             payloads = f'{{"users_update": {delivery.user.json}, "events_track": {delivery.event.json}}}'
             text = f'{text[:-1]}, "payloads": {payloads}}}'
-        delivery.known = status.endswith("failure") and self.memory.get(delivery.user_id) == trace.verdict(line)
         try:
             if status != "unchanged":
                 self.results.add(text, at_once=bool(delivery.calls))
         except OSError as error:
-            advice = "make room, or change RESULTS_DIR; whom the log alone names is told once more by the next run"
-            self.stop.ask("aborted", NOT_ALL, f"{self.results.path} cannot be written ({error}): {advice}")
+            self.stop.ask("aborted", NOT_ALL, str(error))
         del self.open[delivery.record]
         self.counts[status] += 1
         if delivery.calls:
             self.unusable_in_a_row = 0 if any(call.usable for call in delivery.calls) else self.unusable_in_a_row + 1
         if status.endswith("failure"):
+            self.failures += 1
+            delivery.hidden = self.options.quiet and self.memory.get(str(delivery.user_id)) == trace.verdict(line)
             once = {reason.message: reason for reason in reversed(delivery.reasons)}  # both calls may fail for it
-            self._reasons.update(once.values())
-            self._known_reasons.update(once.values() if delivery.known else ())
+            (self._hidden if delivery.hidden else self._news).update(once.values())
         self._untold[delivery.record] = delivery
         while ready := self._untold.pop(self._told + 1, None):
             self._told += 1
@@ -591,44 +509,56 @@ class Report:
     def _tell(self, delivery: Delivery) -> None:
         """Above 100 users the console has progress and the first failures, and the log one line a success."""
         many, status = self.total > MANY, delivery.status
+        failed = status.endswith("failure")
         if status == "would_send" and self.counts[status] <= SHOWN_PAYLOADS:
             log.info("users/update %s", trace.to_json(json.loads(delivery.user.json)))
             log.info("events/track %s", trace.to_json(json.loads(delivery.event.json)))
         if status not in TOLD:
             return
-        level, words = TOLD[status]
         who = str(delivery.email or "").strip()[:320] or f"customer {delivery.user_id}"
         place = f"record {delivery.record}/{self.total}"
-        known = delivery.known and self.options.quiet
-        self._told_failures += level == logging.ERROR and not known
-        hidden = known or (many and (level == logging.INFO or self._told_failures > SHOWN_FAILURES))
+        self._shown_failures += failed and not delivery.hidden
+        hidden = delivery.hidden or (many and (not failed or self._shown_failures > SHOWN_FAILURES))
         extra = FILE_ONLY if hidden else {}
         if not many:
             log.info("", extra=extra)
             log.info("Processing record %d/%d", delivery.record, self.total, extra=extra)
-        for call in delivery.calls:
-            weight = logging.DEBUG if call.ok and many else logging.INFO if call.ok else level
-            log.log(weight, "%s (%s, %s)", call.headline, place, who, extra=FILE_ONLY)
+        for call in () if many and status == "success" else delivery.calls:
+            level = logging.ERROR if failed and not call.ok else logging.INFO
+            log.log(level, "%s (%s, %s)", call.headline, place, who, extra=FILE_ONLY)
             if not call.ok:
-                log.log(weight, "Response: %s", call.body or call.message, extra=FILE_ONLY)
-        why = f": {', '.join(reason.short for reason in delivery.reasons)}" if level == logging.ERROR else ""
-        log.log(level, "%s: %s%s%s", words, who, f" ({place})" if many else "", why, extra=extra)
+                log.log(level, "Response: %s", call.body or call.message, extra=FILE_ONLY)
+        where = f" ({place})" if many else ""
+        why = f": {', '.join(reason.short for reason in delivery.reasons)}" if failed else ""
+        log.log(logging.ERROR if failed else logging.INFO, "%s: %s%s%s", TOLD[status], who, where, why, extra=extra)
 
     def progress(self) -> None:
-        """A line every 2 seconds in a long run. The speed is that of the last 10 seconds."""
+        """A line every 2 seconds in a long run."""
         now = time.monotonic()
-        if self.total > MANY and now - self._trail[-1][0] >= 2 and not self.stop.is_set():
-            done, (then, done_then) = self.counts.total(), self._trail[0]
-            speed = (done - done_then) / (now - then)
-            left = f"{(self.total - done) / speed:.0f} s left" if speed else f"no user done for {now - then:.0f} s"
-            self._trail.append((now, done))
+        if self.total > MANY and now - self._last_progress >= 2 and not self.stop.is_set():
+            self._last_progress = now
+            done = self.counts.total()
+            speed = done / (now - self._began)
+            left = f"{(self.total - done) / speed:.0f} s left" if speed else "nobody done yet"
             text = "Progress: %d/%d (%d %%), %.1f users/s, %s, failures: %d"
             log.info(text, done, self.total, 100 * done // self.total, speed, left, self.failures)
 
-    def summary(self, client: IterableClient) -> dict[str, Any]:
+    def finish(self, client: IterableClient) -> int:
+        """Complete the results file and tell the summary; returns the exit code."""
+        summary = self._summary(client)
+        try:
+            self.results.finish(summary)
+        except OSError as error:
+            self.stop.ask("aborted", NOT_ALL, str(error))
+            summary = self._summary(client)
+        self._tell_summary(summary)
+        return int(summary["exit_code"])
+
+    def _summary(self, client: IterableClient) -> dict[str, Any]:
         """The summary of contract 7. In a dry run nobody is attempted."""
         counts, seconds = self.counts, round(time.monotonic() - self._began, 3)
         done = counts["success"] + self.failures + counts["forgotten"]
+        reasons = (self._news + self._hidden).most_common()
         return {
             "outcome": self.stop.outcome,
             "exit_code": self.stop.exit_code or (NOT_ALL if self.failures else SUCCESS),
@@ -643,30 +573,31 @@ class Report:
             "retries": client.retries,
             "duration_seconds": seconds,
             "users_per_second": round(done / seconds, 1) if seconds else 0.0,
-            "failure_reasons": [{**reason._asdict(), "count": count} for reason, count in self._reasons.most_common()],
+            "failure_reasons": [{**reason._asdict(), "count": count} for reason, count in reasons],
         }
 
-    def tell_summary(self, summary: Mapping[str, Any]) -> None:
+    def _tell_summary(self, summary: Mapping[str, Any]) -> None:
         """The summary of contract 6; under --quiet only when something is wrong that no earlier run has told."""
-        news = self._reasons - self._known_reasons if self.options.quiet else self._reasons
-        lines = ["", "INTEGRATION SUMMARY", f"Total users processed: {self.total}"]
-        counted = COUNTED_IN_DRY_RUN if self.options.dry_run else COUNTED
-        lines += [f"{words}: {self.counts[status]}" for status, words in counted.items()]
-        lines += [f"{words}: {self.counts[status]}" for status, words in COUNTED_IF_ANY.items() if self.counts[status]]
-        for reason, count in news.most_common(SHOWN_REASONS):
-            words = [reason.short] * bool(reason.endpoint) + [reason.message] * (reason.message not in self.stop.why)
-            lines.append(f"  {count} user{'s' * (count > 1)}: {': '.join(words)}")
-        if len(news) > SHOWN_REASONS:
-            lines.append(f"  and {len(news) - SHOWN_REASONS} other reasons, all in the results file")
-        lines.append(f"Results: {self.results.place}")
-        lines.append(f"Time: {summary['duration_seconds']:.1f} s, {summary['users_per_second']:.1f} users a second")
         if why := self.stop.why:
             log.info("")
             log.error("The run ended early: %s", why)
-        for line in lines:
-            log.log(logging.WARNING if why or news else logging.INFO, line)
-        for reason, count in (self._reasons - news).items():
-            log.info("As an earlier run has told, %d of %s: %s", count, reason.short, reason.message, extra=FILE_ONLY)
+        tell = functools.partial(log.log, logging.WARNING if why or self._news else logging.INFO)
+        tell("")
+        tell("INTEGRATION SUMMARY")
+        tell("Total users processed: %d", self.total)
+        for status, words in (COUNTED_IN_DRY_RUN if self.options.dry_run else COUNTED).items():
+            tell("%s: %d", words, self.counts[status])
+        for status, words in COUNTED_IF_ANY.items():
+            if self.counts[status]:
+                tell("%s: %d", words, self.counts[status])
+        for reasons, extra in ((self._news, {}), (self._hidden, FILE_ONLY)):
+            for reason, count in reasons.most_common(SHOWN_REASONS):
+                texts = [reason.short] * bool(reason.endpoint) + [reason.message] * (reason.message not in why)
+                tell("  %d user%s: %s", count, "s" * (count > 1), ": ".join(texts), extra=extra)
+        if len(self._news) > SHOWN_REASONS:
+            tell("  %d more reasons stand in the results file", len(self._news) - SHOWN_REASONS)
+        tell("Results: %s", self.results.path)
+        tell("Time: %.1f s, %.1f users a second", summary["duration_seconds"], summary["users_per_second"])
 
 
 # The run
@@ -690,36 +621,26 @@ def run_integration(settings: Settings, options: argparse.Namespace, stop: Stop)
         stop.sending = True
         results = ResultsFile(settings.results_dir, describe_run(settings, options), started)
         report = Report(len(records), options, memory, results, stop)
-        deliver_all(records, client, settings, options, report)
-        summary = report.summary(client)
-        try:
-            results.finish(summary)
-        except OSError as error:
-            stop.ask("aborted", NOT_ALL, f"{results.path} cannot be written: {error}")
-            summary = report.summary(client)
-        report.tell_summary(summary)
+        deliver(records, client, settings, report)
+        exit_code = report.finish(client)
     if options.dry_run:
         calls, seconds = cost(report.counts["would_send"], settings, bulk=options.bulk)
         log.info("Dry run, nothing was sent. A run would make %d calls, in %.1f s or more", calls, seconds)
-    return int(summary["exit_code"])
+    return exit_code
 
 
 def read_records(settings: Settings, options: argparse.Namespace) -> deque[Record]:
     """The rows of Query 2, one a user, in the order of customer id. Raises DatabaseError, also for too few."""
-    query = read_query(QUERIES, "query_2")
     log.info("[STEP 2] Connecting to database...")
     with database_connection(settings) as database:
         log.info("[STEP 3] Executing Phase 2 Query 2...")
-        records = deque(database.read_records(query))
-    log.info("Found %d pro user(s) with recent engagement", len(records))
-    if len(records) < (options.at_least or 0):
-        raise DatabaseError(
-            f"Nothing is sent: {len(records)} users found, fewer than the {options.at_least} of --at-least"
-        )
-    while options.limit is not None and len(records) > options.limit:
-        records.pop()
+        rows = database.read_records(read_query(QUERIES, "query_2"))
+    log.info("Found %d pro user(s) with recent engagement", len(rows))
+    if len(rows) < (options.at_least or 0):
+        wanted = f"fewer than the {options.at_least} of --at-least"
+        raise DatabaseError(f"Nothing is sent: {len(rows)} users found, {wanted}")
     gc.freeze()  # the rows are no garbage; to look through them again and again would stop every thread
-    return records
+    return deque(rows[: options.limit])
 
 
 def database_connection(settings: Settings) -> DatabaseConnection:
@@ -737,13 +658,10 @@ def iterable_client(settings: Settings, stop: Stop) -> IterableClient:
 
 def describe_run(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
     """The head of the results file, as far as it is known before."""
-    server = settings.db_host if settings.db_host.startswith("/") else f"{settings.db_host}:{settings.db_port}"
-    return {
-        "mode": "dry-run" if options.dry_run else "send",
-        "database": f"{settings.db_name} on {server}",
-        "iterable": settings.iterable_api_base_url,
-        "options": {name: getattr(options, name) for name in ("limit", "at_least", "changed_only", "bulk")},
-    }
+    s, port = settings, "" if settings.db_host.startswith("/") else f":{settings.db_port}"
+    head = {"mode": "dry-run" if options.dry_run else "send", "database": f"{s.db_name} on {s.db_host}{port}"}
+    told = {name: getattr(options, name) for name in ("limit", "at_least", "changed_only", "bulk")}
+    return {**head, "iterable": s.iterable_api_base_url, "options": told}
 
 
 def cost(users: int, settings: Settings, *, bulk: bool) -> tuple[int, float]:
@@ -756,19 +674,15 @@ def cost(users: int, settings: Settings, *, bulk: bool) -> tuple[int, float]:
 # The checklist
 
 
-class IterableFailed(Exception):
-    """A check of Iterable failed."""
-
-
 def check(settings: Settings, options: argparse.Namespace, stop: Stop) -> int:
     """The deployment checklist: a line an item, and the exit code of the first that fails. Sends no user data."""
     codes = []
 
-    def item(what: str, test: Callable[[], Any]) -> None:
+    def item(code: int, what: str, test: Callable[[], str | None]) -> None:
         try:
             log.info("✓ %s%s", what, test() or "")
-        except tuple(EXIT_CODES) as error:
-            codes.append(exit_code_of(error))
+        except (OSError, DatabaseError) as error:
+            codes.append(code)
             log.error("✗ %s: %s", what, error)
 
     def results_folder() -> None:
@@ -786,19 +700,19 @@ def check(settings: Settings, options: argparse.Namespace, stop: Stop) -> int:
     def answers(*, key: bool = False) -> None:
         result = answer()
         if result and not (result.usable and (result.status == 400 or not key)):
-            raise IterableFailed(result.reason or "Iterable answered a request without a user as if it had one")
+            raise OSError(result.reason or "Iterable answered a request without a user as if it had one")
 
     with contextlib.ExitStack() as closing:
         database = functools.cache(lambda: closing.enter_context(database_connection(settings)))
         answer = functools.cache(lambda: iterable_client(settings, stop).update_users([Payload("", "{}")])[0])
-        item("Settings are complete", lambda: None)
-        item("Log file can be written", lambda: start_logging(settings, options))
-        item("Results folder can be written", results_folder)
-        item("Database can be reached and is new enough", lambda: f": {database().server}")
-        item("Tables and columns of the query are there", tables)
-        item("The latest page view is not in the future", times)
-        item(f"Iterable can be reached at {settings.iterable_api_base_url}", answers)
-        item("API key is accepted", lambda: answers(key=True))
+        item(BAD_SETTINGS, "Settings are complete", lambda: None)
+        item(BAD_SETTINGS, "Log file can be written", lambda: start_logging(settings, options))
+        item(BAD_SETTINGS, "Results folder can be written", results_folder)
+        item(DATABASE_FAILED, "Database can be reached and is new enough", lambda: f": {database().server}")
+        item(DATABASE_FAILED, "Tables and columns of the query are there", tables)
+        item(DATABASE_FAILED, "The latest page view is not in the future", times)
+        item(GIVEN_UP, f"Iterable can be reached at {settings.iterable_api_base_url}", answers)
+        item(GIVEN_UP, "API key is accepted", lambda: answers(key=True))
     return codes[0] if codes else SUCCESS
 
 
@@ -807,44 +721,33 @@ def check(settings: Settings, options: argparse.Namespace, stop: Stop) -> int:
 EXIT_CODES = {
     SettingsError: BAD_SETTINGS,
     DatabaseError: DATABASE_FAILED,
-    IterableFailed: GIVEN_UP,
     AlreadyRunning: LOCKED,
     OSError: BAD_SETTINGS,  # of a file or folder that a setting names
     MemoryError: NOT_ALL,
 }
 
 
-def exit_code_of(error: BaseException) -> int:
-    return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
-
-
-def at_least_one(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError("must be a whole number from 1")
-    return int(text)
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--dry-run", action="store_true", help="everything except the sending; needs no API key")
-    add("--limit", type=at_least_one, metavar="N", help="the first N users only (a careful first real run)")
-    add("--at-least", type=at_least_one, metavar="N", help="send nothing when the query finds fewer than N users")
+    add("--limit", type=int, metavar="N", help="the first N users only (a careful first real run)")
+    add("--at-least", type=int, metavar="N", help="send nothing when the query finds fewer than N users")
     add("--changed-only", action="store_true", help="leave out users to whom the same was delivered already")
     add("--bulk", action="store_true", help="send groups of up to 1000 users: for large runs")
     add("--check", action="store_true", help="check the deployment and send no user data")
     add("--quiet", action="store_true", help="show warnings and errors only, and no failure that is known already")
     add("--env-file", default=".env", metavar="PATH", help="read the settings from another file than .env")
     options = parser.parse_args(argv)
+    if any(number is not None and number < 1 for number in (options.limit, options.at_least)):
+        parser.error("--limit and --at-least take a whole number from 1")
     if options.check and any((options.dry_run, options.limit, options.at_least, options.changed_only, options.bulk)):
         parser.error("--check goes with --quiet and --env-file only")
     return options
 
 
 def start_logging(settings: Settings, options: argparse.Namespace) -> None:
-    """To console and log file, from now on without the key, the password and the passwords of proxies."""
-    proxies = re.findall("://[^:]*:(.+)@", "\n".join(getproxies().values()))
-    redact = redactor(settings.iterable_api_key, settings.db_password, *proxies, *map(unquote, proxies))
+    redact = redactor(settings.iterable_api_key, settings.db_password)
     setup_logger(settings.log_level, settings.log_file, quiet=options.quiet, redact=redact)
 
 
@@ -863,7 +766,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_integration(settings, options, stop)
     except tuple(EXIT_CODES) as error:
         log.error("%s%s", "✗ " * options.check, str(error) or "out of memory")
-        return exit_code_of(error)
+        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
 
 
 if __name__ == "__main__":

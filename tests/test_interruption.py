@@ -312,13 +312,13 @@ def test_when_the_results_file_can_grow_no_more_the_run_stops_and_the_next_one_g
         standin.fault(endpoint=endpoint, status=200, processed=True, body=long, latency=0.02)
     ended = started(database=many, how=shell("ulimit -f 400"), MAX_WORKERS="10").wait()  # of 512 bytes each
     assert (ended.exit_code, ended.errors) == (1, "")
-    words = r"The run ended early: \S+/integration_results_\d+_\d+\.json cannot be written.*File too large"
+    words = r"The run ended early: \S+/integration_results_\d+_\d+\.json\.partial cannot be written.*File too large"
     assert re.search(words, ended.console)
     first = told(standin)
     assert 0 < len(first) < USERS
     assert f"Successful (both API calls): {len(first)}\n" in ended.console
     assert f"Not attempted: {USERS - len(first)}\n" in ended.console
-    assert re.search(r"^Results: \S+\.json\.partial, without its end$", ended.console, re.MULTILINE)
+    assert re.search(r"^Results: \S+\.json\.partial$", ended.console, re.MULTILINE)
     [partial] = folder.glob("integration_results_*")
     on_record = set(re.findall(r"Successfully processed user: (\S+)", ended.log))
     for line in partial.read_bytes().splitlines()[3:-1]:  # the last is torn
@@ -340,7 +340,7 @@ def test_when_the_folder_of_the_results_is_gone_the_run_says_so_and_the_log_has_
     shutil.rmtree(folder / "results")
     ended = running.wait()
     assert (ended.exit_code, ended.errors) == (1, "")
-    assert re.search(r"integration_results_\d+_\d+\.json cannot be written: \[Errno 2\]", ended.console)
+    assert re.search(r"integration_results_\d+_\d+\.json\.partial' -> ", ended.console)
     assert set(re.findall(r"Successfully processed user: (\S+)", ended.log)) == told(standin)
 
 
@@ -354,7 +354,7 @@ def encrypted() -> Iterator[StandIn]:
         yield standin
 
 
-@pytest.mark.parametrize("kilobytes", [60_000, 160_000, 220_000, 500_000])
+@pytest.mark.parametrize("kilobytes", [60_000, 700_000, 2_800_000])
 def test_with_little_memory_the_account_is_whole(
     started: Started, many: dict[str, str], encrypted: StandIn, kilobytes: int
 ) -> None:
@@ -365,16 +365,15 @@ def test_with_little_memory_the_account_is_whole(
     summary = ended.results["summary"]
     if ended.exit_code:
         assert (ended.exit_code, summary["outcome"]) == (1, "aborted")
-        assert re.search("^The run ended early: .+", ended.console, re.MULTILINE)
+        assert re.search("^The run ended early: .+: lower MAX_WORKERS", ended.console, re.MULTILINE)
     else:
         assert (summary["success"], len(told(encrypted))) == (30, 30)
-        assert re.search(r"Only \d+ thread\(s\) can be started", ended.console)
     assert_record_is_true(ended, encrypted)
 
 
-@pytest.mark.parametrize(("threads", "exit_code"), [(2, 1), (20, 0)])
+@pytest.mark.parametrize("threads", [2, 20])
 def test_with_few_threads_the_account_is_whole(
-    started: Started, many: dict[str, str], standin: StandIn, threads: int, exit_code: int
+    started: Started, many: dict[str, str], standin: StandIn, threads: int
 ) -> None:
     # An account with a limit of its own to its processes and threads, but with root's right to read files.
     rights = [f"--{kind}=-all,+dac_override" for kind in ("inh-caps", "ambient-caps", "bounding-set")]
@@ -382,10 +381,12 @@ def test_with_few_threads_the_account_is_whole(
     wrapper = ("setpriv", *rights, *account, "prlimit", f"--nproc={threads}")
     if not shutil.which("setpriv") or subprocess.run([*wrapper, sys.executable, "-c", ""]).returncode:
         pytest.skip("this account may not become another one")
+    standin.configure(latency=0.05)
     ended = started("--limit", "30", database=many, how={"wrapper": wrapper}).wait()
-    assert (ended.exit_code, ended.errors, len(told(standin))) == (exit_code, "", 30 * (exit_code == 0))
-    words = r"^Only \d+ thread\(s\) can be started: " if exit_code == 0 else "^The run ended early: .*thread"
-    assert re.search(words, ended.console, re.MULTILINE)
+    assert (ended.exit_code, ended.errors) == (1, "")
+    words = "The run ended early: out of memory or threads (RuntimeError: can't start new thread): lower MAX_WORKERS"
+    assert words in ended.console
+    assert (len(told(standin)) > 0) == (threads == 20)
     assert_record_is_true(ended, standin)
 
 
@@ -423,7 +424,7 @@ def test_after_an_error_nobody_thought_of_whoever_was_told_is_on_record(
 ) -> None:
     database = customers([*[{}] * 8, {"email": "bad@nowhere"}, *[{}] * 8])
     code = BROKEN.format(root=str(process.ROOT), what=what, error=error)
-    ended = started(database=database, how={"program": ("-c", code)}, MAX_WORKERS="3").wait()
+    ended = started("--quiet", database=database, how={"program": ("-c", code)}, MAX_WORKERS="3").wait()
     assert (ended.exit_code, ended.errors) == (1, "")
     assert re.search(r"^The run ended early: (ZeroDivisionError: nobody|out of memory)", ended.console, re.MULTILINE)
     assert (ended.summary["outcome"], ended.summary["exit_code"]) == ("aborted", 1)

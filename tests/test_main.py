@@ -9,7 +9,8 @@ import re
 import tempfile
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date, datetime, timezone
 from pathlib import Path
@@ -28,7 +29,7 @@ from db_connection import Record
 from iterable_client import CallResult, Payload
 from lab import process
 from logger_config import ResultsFile
-from main import Crew, Delivery, Report, Settings, SettingsError, Stop, in_groups, parse_arguments, prepare
+from main import Delivery, Report, Settings, SettingsError, Stop, in_groups, parse_arguments, prepare
 
 KEY = "fedcba9876543210fedcba9876543210"
 PASSWORD = "open sesame"
@@ -153,7 +154,7 @@ def test_a_number_has_its_bounds_and_no_other_form(name: str, lowest: float, hig
     kind, fraction = ("number", []) if name == "ITERABLE_TIMEOUT" else ("whole number", ["5.0"])
     forms = ["-1", "+1", "1e2", "0x10", "1_000", "1.", ".5", "1,5", "five", "nan", "inf", "١", "1 2", "9" * 5000]
     for text in ("0", str(highest + 1), *forms, *fraction):
-        assert complaints(**{name: text}) == [f"{name} must be a {kind} from {lowest} to {highest}, not {text!r}"]
+        assert complaints(**{name: text}) == [f"{name} must be a {kind} from {lowest} to {highest}"]
 
 
 def test_a_log_level_is_one_of_four() -> None:
@@ -190,26 +191,15 @@ def test_a_base_url_is_no_more_than_a_host_and_http_to_no_other(text: str, why: 
     assert complaints(ITERABLE_API_BASE_URL=text) == [f"ITERABLE_API_BASE_URL {why}"]
 
 
-@pytest.mark.parametrize("odd", ["abc def", "abc\n", "abc\x00", "schlüssel", "abc\u200b", "a\udcff"])
+@pytest.mark.parametrize("odd", ["abc def", "abc\n", "schlüssel", "abc\u200b", "a\udcff"])
 def test_a_key_is_printable_ascii(odd: str) -> None:
     why = "ITERABLE_API_KEY has a character that no key has: copy it again"
     assert complaints(ITERABLE_API_KEY=f"{KEY}{odd}{KEY}") == [why]
 
 
-@pytest.mark.parametrize(
-    "name", ["DB_HOST", "DB_USER", "DB_PASSWORD", "DB_NAME", "DB_SSL_CA", "LOG_FILE", "RESULTS_DIR"]
-)
-def test_bytes_that_are_not_text_are_a_complaint(name: str) -> None:
-    """The environment may hold any bytes but NUL, and a file may hold NUL, too."""
-    for odd in ("a\udcff", "a\0b"):
-        assert complaints(**{name: odd}) == [f"{name} has bytes that are not text"]
-
-
-def test_a_ca_file_is_a_file_that_can_be_read(tmp_path: Path, file: File) -> None:
-    for unusable in (tmp_path / "no.pem", tmp_path):
-        assert complaints(DB_SSL_CA=str(unusable)) == [f"DB_SSL_CA must be a file that can be read, unlike {unusable}"]
-    path = str(file(""))
-    assert load(DB_SSL_CA=path) == replace(SETTINGS, db_ssl_ca=path)
+@pytest.mark.parametrize("name", ["DB_HOST", "DB_PASSWORD", "DB_SSL_CA", "LOG_FILE"])
+def test_a_nul_character_which_a_file_may_hold_is_a_complaint(name: str) -> None:
+    assert complaints(**{name: "a\0b"}) == [f"{name} has a NUL character"]
 
 
 def test_no_secret_stands_in_a_repr() -> None:
@@ -224,17 +214,12 @@ def test_all_complaints_come_in_one_message(file: File) -> None:
         "DB_HOST is empty",
         "DB_USER is empty",
         "DB_PASSWORD is missing",
-        "DB_PORT must be a whole number from 1 to 65535, not 'one'",
+        "DB_PORT must be a whole number from 1 to 65535",
         "ITERABLE_API_KEY has a character that no key has: copy it again",
-        "ITERABLE_RATE_LIMIT must be a whole number from 1 to 100000, not '0'",
+        "ITERABLE_RATE_LIMIT must be a whole number from 1 to 100000",
         "LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR",
     ]
     assert complaints(**dict.fromkeys(NEEDED)) == [f"{name} is missing" for name in NEEDED]
-
-
-def test_a_secret_that_stands_in_another_setting_too_is_not_shown() -> None:
-    said = complaints(DB_PORT=PASSWORD, MAX_WORKERS=KEY)
-    assert [text.rpartition(" ")[2] for text in said] == ["'[secret]'"] * 2
 
 
 ODD_TEXTS = st.text() | st.text(st.characters()) | st.sampled_from([*DEFAULTS.values(), *NEEDED.values(), "a\x00b"])
@@ -285,7 +270,7 @@ def test_one_line_break_at_the_end_of_the_file_is_no_part_of_the_secret(file: Fi
 @pytest.mark.parametrize("name", SECRETS)
 def test_both_forms_of_a_secret_are_a_complaint(name: str, file: File) -> None:
     said = complaints(**{name: KEY, f"{name}_FILE": str(file("another secret")), "DB_PORT": KEY})
-    port = "DB_PORT must be a whole number from 1 to 65535, not '[secret]'"
+    port = "DB_PORT must be a whole number from 1 to 65535"
     assert said == [f"{name} and {name}_FILE are both set: keep one of them", port]
 
 
@@ -299,7 +284,7 @@ def test_a_file_that_is_of_no_use_is_one_complaint(name: str, file: File, tmp_pa
 
 def test_what_a_file_holds_has_to_be_a_key_and_is_not_shown(file: File) -> None:
     own = {"ITERABLE_API_KEY": None, "ITERABLE_API_KEY_FILE": str(file("two words")), "DB_PORT": "two words"}
-    port = "DB_PORT must be a whole number from 1 to 65535, not '[secret]'"
+    port = "DB_PORT must be a whole number from 1 to 65535"
     assert complaints(**own) == [port, "ITERABLE_API_KEY has a character that no key has: copy it again"]
     assert complaints(ITERABLE_API_KEY="", ITERABLE_API_KEY_FILE=str(file("\n"))) == ["ITERABLE_API_KEY is empty"]
 
@@ -335,17 +320,15 @@ def test_a_value_of_the_file_is_taken_as_it_is(file: File, line: str, password: 
         assert load(file(f"{mark}{line}\n# a comment\n"), DB_PASSWORD=None).db_password == password
 
 
-def test_lines_that_cannot_be_understood_are_a_complaint_without_what_they_hold(
-    file: File, capfd: pytest.CaptureFixture[str]
+def test_lines_that_cannot_be_understood_are_told_without_what_they_hold(
+    file: File, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = file("DB_HOST=x\nthis is no setting\nDB_PORT=3306\nDB_PASSWORD='geheim\n")
-    assert complaints(path) == [f"{path} has a line that cannot be understood"]
-    assert capfd.readouterr() == ("", "")
+    load(file("DB_HOST=x\nthis is no setting\nDB_PORT=3306\nDB_PASSWORD='geheim\n"))
+    assert caplog.messages == [f"python-dotenv could not parse statement starting at line {line}" for line in (2, 4)]
 
 
 def test_a_file_that_is_asked_for_has_to_be_there_and_readable(file: File, tmp_path: Path) -> None:
-    """A folder is what Docker makes of a file to mount that is not there."""
-    for path in (tmp_path / "nowhere.env", tmp_path / ("x" * 300), tmp_path, file(b"DB_PORT=\xff")):
+    for path in (tmp_path / "nowhere.env", tmp_path / ("x" * 300), file(b"DB_PORT=\xff")):
         said = complaints(path, MAX_WORKERS="0")
         assert said[0].startswith(f"{path} cannot be read (") and said[1].startswith("MAX_WORKERS must be")
 
@@ -360,9 +343,7 @@ def test_another_file_is_found_from_the_folder_of_main(tmp_path: Path, file: Fil
     arguments = ["--env-file", relative, "--dry-run"]
     with process.Running(*arguments, settings=NEEDED, folder=tmp_path, cwd=tmp_path) as running:
         ended = running.wait()
-    said = (
-        f"DB_PORT must be a whole number from 1 to 65535, not 'from the file'. Set them in {process.ROOT}/{relative} "
-    )
+    said = f"DB_PORT must be a whole number from 1 to 65535. Set them in {process.ROOT}/{relative} "
     assert (ended.exit_code, ended.errors, said in ended.console) == (2, "", True)
 
 
@@ -390,10 +371,10 @@ def test_without_arguments_a_run_sends_everything_singly_and_talks() -> None:
 @pytest.mark.parametrize("option", ["--limit", "--at-least"])
 def test_a_number_of_users_is_a_whole_number_from_1(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert vars(parse_arguments([option, "010"]))[option[2:].replace("-", "_")] == 10
-    for text in ("0", "-1", "+1", "1.0", "ten", "١", "", "9" * 10):
+    for text, words in (("0", "take"), ("-1", "take"), ("1.0", "invalid"), ("ten", "invalid"), ("", "invalid")):
         with pytest.raises(SystemExit, match="2"):
             parse_arguments([f"{option}={text}"])
-        assert capsys.readouterr().err.endswith(f"argument {option}: must be a whole number from 1\n")
+        assert words in capsys.readouterr().err
 
 
 def test_a_run_costs_two_calls_a_user_or_group_at_the_share_of_the_limit() -> None:
@@ -435,8 +416,8 @@ def test_a_row_becomes_a_delivery_of_both_payloads_in_compact_json() -> None:
 
 
 def test_a_row_that_cannot_be_sent_is_a_failure_with_the_values_of_the_row() -> None:
-    delivery = prepare(7, ROW._replace(user_id=b"\xff1", email="nobody"), SETTINGS, {})
-    assert delivery == Delivery(7, "\\xff1", "nobody", problem=NO_ADDRESS)
+    delivery = prepare(7, ROW._replace(email="nobody"), SETTINGS, {})
+    assert delivery == Delivery(7, 2, "nobody", problem=NO_ADDRESS)
     assert (delivery.to_send, delivery.status) == (False, "total_failure")
     assert delivery.reasons == [main.Reason(None, None, None, NO_ADDRESS)]
 
@@ -494,7 +475,7 @@ def test_any_rows_become_lines_and_no_address_or_view_is_to_be_sent_twice(rows: 
     seen: dict[str, Any] = {}
     deliveries = [prepare(number, row, SETTINGS, seen) for number, row in enumerate(rows, 1)]
     for number, delivery in enumerate(deliveries, 1):
-        line = json.loads(json.dumps(delivery.as_line()))
+        line = json.loads(logger_config.to_json(delivery.as_line()))
         assert (line["record"], line["status"]) == (number, "not_attempted" if delivery.to_send else "total_failure")
         assert delivery.to_send == (not delivery.problem)
         if delivery.to_send:
@@ -619,10 +600,14 @@ def test_everyone_is_delivered_once_and_who_has_no_verdict_after_a_group_singly(
     stop = Stop()
     client = Answering(stop, {"users/update": updates, "events/track": events}, refused, stop_after)
     everyone = [delivered(number, problem="p" if number in unusable else "") for number in range(1, 13)]
-    crew = Crew(lambda group: main.send(group, client), 3)
-    done = [delivery for delivery in main.deliver(in_groups(everyone, most), crew, stop) if delivery]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(3) as threads:
+        report = report_of(12, Path(folder), stop=stop)
+        done = []
+        for delivery in main.delivered(in_groups(opened(report, everyone), most), client, threads, report):  # type: ignore[arg-type]
+            if delivery:
+                del report.open[delivery.record]
+                done.append(delivery)
     assert sorted(delivery.record for delivery in done) == list(range(1, 13))
-    assert (crew.groups, crew.users) == (0, 0)
     for delivery in done:
         verdict = 400 if delivery.record in refused else 200
         begun = delivery.users_update is not None
@@ -634,9 +619,25 @@ def test_everyone_is_delivered_once_and_who_has_no_verdict_after_a_group_singly(
             assert [size > 1 for size in calls] == ([True, False] if singly_too else [size > 1 for size in calls[:1]])
 
 
-def report_of(total: int, folder: Path, *arguments: str, memory: dict[Any, str] | None = None) -> Report:
+def opened(report: Report, deliveries: Sequence[Delivery]) -> Iterator[Delivery]:
+    """As main.prepared() does it."""
+    for delivery in deliveries:
+        report.open[delivery.record] = delivery
+        yield delivery
+
+
+def report_of(
+    total: int, folder: Path, *arguments: str, memory: dict[str, str] | None = None, stop: Stop | None = None
+) -> Report:
     results = ResultsFile(folder, {"mode": "send"}, datetime(2026, 1, 13, tzinfo=timezone.utc))
-    return Report(total, parse_arguments(arguments), memory or {}, results, Stop())
+    return Report(total, parse_arguments(arguments), memory or {}, results, stop or Stop())
+
+
+def finished(report: Report) -> dict[str, Any]:
+    """The document of its results file, when it is told that all is done."""
+    client: Any = Answering(report.stop, {}, set(), 1)
+    report.finish(client)
+    return dict(json.loads(report.results.path.read_text("utf-8")))
 
 
 @pytest.mark.parametrize("trouble", ["a worker fails", "no thread starts", "no memory for a row"])
@@ -652,22 +653,23 @@ def test_whatever_goes_wrong_who_was_told_is_on_record_and_the_rest_is_not_attem
         raise RuntimeError("can't start new thread")
 
     if trouble == "no thread starts":
-        monkeypatch.setattr(main, "start_new_thread", no_thread)
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
     if trouble == "no memory for a row":
         monkeypatch.setattr(main, "prepare", out_of_memory)
     records = deque(ROW._replace(user_id=n, view_id=n, email=f"user{n}@example.com") for n in range(1, 31))
     report = report_of(30, tmp_path)
     client = Answering(report.stop, {"users/update": set(), "events/track": set()}, set(), 1000)
-    main.deliver_all(records, client, replace(SETTINGS, max_workers=2), report.options, report)
+    main.deliver(records, client, replace(SETTINGS, max_workers=2), report)  # type: ignore[arg-type]
+    monkeypatch.undo()
     told = {number for endpoint, [number] in client.sent if endpoint == "events/track"}
     assert (told != set(), told <= {*range(1, 31)} - {13}) == (trouble != "no thread starts", True)
-    summary, broken = report.summary(client), int(trouble == "a worker fails")
+    document, broken = finished(report), int(trouble == "a worker fails")
     keys = ("outcome", "exit_code", "total_users", "success", "total_failures", "not_attempted")
-    assert [summary[key] for key in keys] == ["aborted", 1, 30, len(told), broken, 30 - len(told) - broken]
-    report.results.finish(summary)
-    lines = json.loads(report.results.path.read_text("utf-8"))["results"]
+    expected_counts = ["aborted", 1, 30, len(told), broken, 30 - len(told) - broken]
+    assert [document["summary"][key] for key in keys] == expected_counts
     expected = {number: "success" if number in told else "not_attempted" for number in range(1, 31)}
-    assert {line["record"]: line["status"] for line in lines} == expected | ({13: "total_failure"} if broken else {})
+    statuses = {line["record"]: line["status"] for line in document["results"]}
+    assert statuses == expected | ({13: "total_failure"} if broken else {})
 
 
 # The report
@@ -695,10 +697,8 @@ def test_users_are_counted_whatever_order_they_finish_in_and_told_in_their_order
         patch.setattr(main.log, "log", lambda level, text, *values, **_: told.append(text % values))
         report = report_of(len(users), Path(folder))
         record(report, order.sample(users, len(users)))
-        summary = report.summary(Answering(report.stop, {}, set(), 1))
-        report.results.finish(summary)
-        document = json.loads(report.results.path.read_text("utf-8"))
-    counts = Counter(endings)
+        document = finished(report)
+    counts, summary = Counter(endings), document["summary"]
     assert {ending: summary[ending] for ending in ENDINGS} == {ending: counts[ending] for ending in ENDINGS}
     assert (summary["total_users"], summary["exit_code"]) == (len(users), int(report.failures > 0))
     assert Counter(line["status"] for line in document["results"]) == Counter(
@@ -723,17 +723,16 @@ def test_reasons_count_users_the_most_frequent_first_and_ten_are_shown(
     users += [delivered(3, 200, 400), *(delivered(number, problem=f"problem {number}") for number in range(4, 14))]
     report = report_of(13, tmp_path)
     record(report, users)
-    summary = report.summary(Answering(report.stop, {}, set(), 1))
+    caplog.clear()
+    summary = finished(report)["summary"]
     problems = [(None, None, None, f"problem {number}", 1) for number in range(4, 14)]
     answers = [("users/update", None, None, "reason None", 2), ("events/track", *REFUSED, 1)]
     assert [tuple(each.values()) for each in summary["failure_reasons"]] == answers + problems
-    caplog.clear()
-    report.tell_summary(summary)
     assert caplog.messages[6:-2] == [
         "  2 users: users/update no answer: reason None",
         "  1 user: events/track 400 BadParams: reason 400",
         *(f"  1 user: problem {number}" for number in range(4, 12)),
-        "  and 2 other reasons, all in the results file",
+        "  2 more reasons stand in the results file",
     ]
 
 
@@ -745,20 +744,20 @@ def test_a_failure_is_known_when_user_payloads_and_reason_are_those_of_the_memor
     """It is told all the same, but not on a quiet console."""
     caplog.set_level("INFO")
     before = delivered(1, 200, 400)
-    memory = {2 if change == "user" else 1: logger_config.verdict(before.as_line()) or ""}
+    memory = {"2" if change == "user" else "1": logger_config.verdict(before.as_line()) or ""}
     now = delivered(1, 200, None if change == "answer" else 400)
     now.fingerprint = f"other {now.fingerprint}" if change == "fingerprint" else now.fingerprint
     report = report_of(1, tmp_path, *quiet, memory=memory)
     record(report, [now])
-    report.tell_summary(report.summary(Answering(report.stop, {}, set(), 1)))
-    assert now.known == (change is None)
+    finished(report)
+    assert now.hidden == (change is None and quiet != [])
     on_console = [each for each in caplog.records if each.levelname == "ERROR" and not hasattr(each, "file_only")]
-    assert (on_console == []) == (now.known and quiet != [])
+    assert (on_console == []) == now.hidden
     [reason] = [each for each in caplog.records if "reason" in each.message and "events/track" in each.message]
-    assert hasattr(reason, "file_only") == (now.known and quiet != [])
+    assert hasattr(reason, "file_only") == now.hidden
 
 
-def test_progress_is_told_every_two_seconds_with_the_speed_of_the_last_seconds(
+def test_progress_is_told_every_two_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -771,5 +770,4 @@ def test_progress_is_told_every_two_seconds_with_the_speed_of_the_last_seconds(
         report.progress()
     assert len(caplog.messages) == 15
     assert caplog.messages[0] == "Progress: 20/1000 (2 %), 10.0 users/s, 98 s left, failures: 0"
-    assert caplog.messages[6] == "Progress: 100/1000 (10 %), 6.7 users/s, 135 s left, failures: 0"
-    assert caplog.messages[-1] == "Progress: 100/1000 (10 %), 0.0 users/s, no user done for 12 s, failures: 0"
+    assert caplog.messages[-1] == "Progress: 100/1000 (10 %), 3.3 users/s, 270 s left, failures: 0"

