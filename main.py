@@ -88,24 +88,15 @@ def load_environment_variables(
 ) -> Settings:
     """The settings of `environ`, else of the `.env` file (contract 2). Raises SettingsError, all complaints at once."""
     complaints: list[str] = []
-    values: dict[str, str | None] = {}
-    try:  # nothing is interpolated: a password may hold ${...}
-        values |= dotenv.dotenv_values(env_file, interpolate=False, encoding="utf-8-sig")
-        if env_file != HERE / ".env":
-            env_file.stat()
-    except (OSError, UnicodeDecodeError) as error:
-        complaints.append(f"{env_file} cannot be read ({getattr(error, 'strerror', None) or 'it is not text'})")
-    values |= environ
+    values = {**read_env_file(env_file, complaints), **environ}
     read_secret("DB_PASSWORD", values, complaints)
     read_secret("ITERABLE_API_KEY", values, complaints if needs_key else [])
 
     def get(name: str, default: str | None = None, parse: Callable[[str], Any] = str, *, blank: bool = False) -> Any:
         text = values.get(name) if blank else (values.get(name) or "").strip() or default
         try:
-            if text is None:
-                raise ValueError("is empty" if name in values else "is missing")
-            if "\0" in text:
-                raise ValueError("has a NUL character")
+            if text is None or "\0" in text:
+                raise ValueError("has a NUL character" if text else "is empty" if name in values else "is missing")
             return parse(text)
         except ValueError as complaint:
             complaints.append(f"{name} {complaint}")
@@ -132,6 +123,16 @@ def load_environment_variables(
         said = "; ".join(complaints)
         raise SettingsError(f"Settings: {said}. {advice}. To see a run without any: bash tests/demo.sh")
     return settings
+
+
+def read_env_file(env_file: Path, complaints: list[str]) -> dict[str, str | None]:
+    try:
+        if env_file != HERE / ".env":
+            env_file.stat()
+        return dotenv.dotenv_values(env_file, interpolate=False, encoding="utf-8-sig")  # a password may hold ${...}
+    except (OSError, UnicodeDecodeError) as error:
+        complaints.append(f"{env_file} cannot be read ({getattr(error, 'strerror', None) or 'it is not text'})")
+        return {}
 
 
 def read_secret(name: str, values: dict[str, str | None], complaints: list[str]) -> None:
