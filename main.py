@@ -48,7 +48,7 @@ QUERIES = HERE / "phase2_queries.sql"
 SUCCESS, NOT_ALL, BAD_SETTINGS, DATABASE_FAILED, GIVEN_UP, LOCKED = 0, 1, 2, 3, 4, 75  # exit codes (contract 3)
 UNUSABLE_IN_A_ROW = 20  # users without a usable answer, after which the run is given up
 ROOM, ROOM_OF_A_THREAD = 128_000_000, 80_000_000  # bytes of addresses: libraries crash where none are left
-MOST_IN_FLIGHT = 10_000  # users: more would only wait for their turn, and take room
+MOST_IN_FLIGHT = 10_000  # users of a run in bulk: more would only wait for their turn, and take room
 MANY, LARGE = 100, 5000  # users, above which the console shows progress, and above which --bulk is recommended
 SHOWN_FAILURES, SHOWN_REASONS, SHOWN_PAYLOADS = 20, 10, 3
 
@@ -377,8 +377,9 @@ def deliver(records: deque[Record], client: IterableClient, settings: Settings, 
         try:
             room = ROOM + workers * ROOM_OF_A_THREAD
             mmap.mmap(-1, room, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ).close()
-            groups = in_groups(prepared(records, settings, report), iterable.MOST_ITEMS if report.options.bulk else 1)
-            for delivery in delivered(groups, client, threads, report):
+            size, most = (iterable.MOST_ITEMS, MOST_IN_FLIGHT) if report.options.bulk else (1, 2 * workers)
+            groups = in_groups(prepared(records, settings, report), size)
+            for delivery in delivered(groups, most, client, threads, report):
                 report.progress()
                 if delivery:
                     report.record(delivery)
@@ -394,11 +395,12 @@ def deliver(records: deque[Record], client: IterableClient, settings: Settings, 
 
 
 def delivered(
-    groups: Iterator[list[Delivery]], client: IterableClient, threads: ThreadPoolExecutor, report: Report
+    groups: Iterator[list[Delivery]], most: int, client: IterableClient, threads: ThreadPoolExecutor, report: Report
 ) -> Iterator[Delivery | None]:
     """Send the groups, and yield each user when it is done; None when none was for a while.
 
-    Who has no verdict after a bulk call comes back as a group of one. Who has the update gets the event after a stop.
+    `most` users are open at once: more than a group has, for the next one is collected meanwhile. Who
+    has no verdict after a bulk call comes back as a group of one. Who has the update gets the event after a stop.
     """
     done: queue.SimpleQueue[Future[list[Delivery]]] = queue.SimpleQueue()
     singly: deque[list[Delivery]] = deque()
@@ -406,7 +408,7 @@ def delivered(
     while more or report.open:
         if singly:
             group = singly.popleft()
-        elif len(report.open) < MOST_IN_FLIGHT:
+        elif len(report.open) < most:
             group = next(groups, None)
             more = group is not None
         else:

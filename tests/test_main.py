@@ -603,7 +603,7 @@ def test_everyone_is_delivered_once_and_who_has_no_verdict_after_a_group_singly(
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(3) as threads:
         report = report_of(12, Path(folder), stop=stop)
         done = []
-        for delivery in main.delivered(in_groups(opened(report, everyone), most), client, threads, report):  # type: ignore[arg-type]
+        for delivery in main.delivered(in_groups(opened(report, everyone), most), most + 1, client, threads, report):  # type: ignore[arg-type]
             if delivery:
                 del report.open[delivery.record]
                 done.append(delivery)
