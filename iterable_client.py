@@ -86,7 +86,7 @@ def event_payload(record: Any) -> dict[str, Any]:
     at = record.event_time.replace(microsecond=0, tzinfo=timezone.utc)
     event_id = f"page-view-{text_of(record.view_id) or '?'}"
     if not re.fullmatch(r"[A-Za-z0-9-]{1,512}", event_id):
-        raise UnusableRow(f"an event in Iterable cannot have the id {event_id}: correct the id in page_views")
+        raise UnusableRow("the view's id is none for an event (letters, digits and - only): correct it in page_views")
     fields = {**texts(record, "page", "browser", "location"), "timestamp": str(at)[:19], "candidate": "yes"}
     email, seconds = address(record), int(at.timestamp())
     return {"email": email, "eventName": "page_view", "id": event_id, "createdAt": seconds, "dataFields": fields}
@@ -155,7 +155,8 @@ class CallResult:
 
     @property
     def forgotten(self) -> bool:
-        return self.status == 409 and self.code == "ForgottenUserError"
+        bulk = self.endpoint in (USERS_BULK_UPDATE.path, EVENTS_TRACK_BULK.path)  # there it is said of the whole group
+        return not bulk and (self.status, self.code) == (409, "ForgottenUserError")
 
     @property
     def usable(self) -> bool:
@@ -268,7 +269,10 @@ def describe_error(error: Exception) -> tuple[bool, str]:
         return True, f"no connection ({getattr(cause, 'strerror', None) or 'refused'}): {CHECK_URL}"
     if isinstance(error, failures.TimeoutError):
         return True, "no answer in time: Iterable is slow or out of reach; ITERABLE_TIMEOUT is the time it gets"
-    return True, f"the connection broke before the answer was whole: {CHECK_URL}"
+    if isinstance(error, failures.HTTPError | http.client.HTTPException | OSError):
+        return True, f"the connection broke before the answer was whole: {CHECK_URL}"
+    log.error("Unexpected error", exc_info=error, extra={"file_only": True})
+    return False, f"an unexpected error ({type(error).__name__}): see the log file"
 
 
 # When a call is made
@@ -441,18 +445,17 @@ class IterableClient:
         try:
             response = self._pool.urlopen("POST", f"/api/{endpoint.path}", body=body, headers=self._headers, **options)
             text = read(response, self._timeout, most=65_536 + 2000 * len(emails))
-        except (failures.HTTPError, http.client.HTTPException, OSError, ValueError) as error:
-            retryable, words = describe_error(error)
-            words = self.redact(words)
-            return CallResult(endpoint.path, False, message=words, reason=words, retryable=retryable), None
-        if endpoint.items:
-            result = interpret_bulk(endpoint.path, response.status, text, emails)
-        else:
-            result = interpret(endpoint.path, response.status, text)
+            retry_after = self._retry.retry_after(response.headers.get("Retry-After"))
+            if endpoint.items:
+                result = interpret_bulk(endpoint.path, response.status, text, emails)
+            else:
+                result = interpret(endpoint.path, response.status, text)
+        except Exception as error:  # noqa: BLE001 - what nobody thought of costs this call, and not the run
+            (retryable, words), retry_after = describe_error(error), None
+            result = CallResult(endpoint.path, False, message=words, reason=words, retryable=retryable)
         reason = result.reason.replace(emails[0] or "\0", "<email>")
         texts = (result.code or "", result.message, reason, result.body)
         code, message, reason, shown = (self.redact(text)[:LONGEST_TEXT] for text in texts)
-        retry_after = self._retry.retry_after(response.headers.get("Retry-After"))
         return replace(result, code=code or None, message=message, reason=reason, body=shown), retry_after
 
 

@@ -36,7 +36,8 @@ def redactor(*secrets: str) -> Callable[[str], str]:
     """
     forms: set[str] = set()
     for secret in secrets:
-        in_json = (json.dumps(secret, ensure_ascii=only_ascii)[1:-1] for only_ascii in (True, False))
+        in_json = [json.dumps(secret, ensure_ascii=only_ascii)[1:-1] for only_ascii in (True, False)]
+        in_json += [text.replace("/", "\\/") for text in in_json]
         in_url = (quote(secret, safe, errors="replace") for safe in ("", "/"))
         forms |= {secret, *in_json, *in_url, quote_plus(secret, errors="replace")} if len(secret) >= 4 else set()
     longest_first = sorted(forms, key=len, reverse=True)
@@ -156,7 +157,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which the kernel releases with the process. Raises AlreadyRunning, OSError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".integration_results.lock", "a+", encoding="utf-8", opener=_open_private)  # noqa: SIM115
+        lock = open(folder / ".integration_results.lock", "a+", errors="replace", opener=_open_private)  # noqa: SIM115
     except OSError as error:
         raise OSError(f"RESULTS_DIR cannot be written: {error}") from error
     with lock:
@@ -167,8 +168,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
             raise AlreadyRunning(f"Another run holds {folder}: {lock.read() or 'just begun'}") from None
         with contextlib.suppress(OSError):  # on a full disk it holds as well, without these words
             lock.truncate(0)
-            lock.write(f"process {os.getpid()}, since {datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}")
-            lock.flush()
+            words = f"process {os.getpid()}, since {datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}"
+            os.write(lock.fileno(), words.encode())
         yield
 
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 try:
-    import dotenv
+    from dotenv.parser import parse_stream
 
     import iterable_client as iterable
     import logger_config as trace
@@ -48,6 +48,7 @@ QUERIES = HERE / "phase2_queries.sql"
 SUCCESS, NOT_ALL, BAD_SETTINGS, DATABASE_FAILED, GIVEN_UP, LOCKED = 0, 1, 2, 3, 4, 75  # exit codes (contract 3)
 UNUSABLE_IN_A_ROW = 20  # users without a usable answer, after which the run is given up
 ROOM, ROOM_OF_A_THREAD = 128_000_000, 80_000_000  # bytes of addresses: libraries crash where none are left
+OWN_MEMORY = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 MOST_IN_FLIGHT = 10_000  # users of a run in bulk: more would only wait for their turn, and take room
 MANY, LARGE = 100, 5000  # users, above which the console shows progress, and above which --bulk is recommended
 SHOWN_FAILURES, SHOWN_REASONS, SHOWN_PAYLOADS = 20, 10, 3
@@ -95,8 +96,8 @@ def load_environment_variables(
     def get(name: str, default: str | None = None, parse: Callable[[str], Any] = str, *, blank: bool = False) -> Any:
         text = values.get(name) if blank else (values.get(name) or "").strip() or default
         try:
-            if text is None or "\0" in text:
-                raise ValueError("has a NUL character" if text else "is empty" if name in values else "is missing")
+            if text is None or re.search("[\0\ud800-\udfff]", text):
+                raise ValueError("is not text" if text else "is empty" if name in values else "is missing")
             return parse(text)
         except ValueError as complaint:
             complaints.append(f"{name} {complaint}")
@@ -107,7 +108,7 @@ def load_environment_variables(
         db_password=get("DB_PASSWORD", blank=True),
         db_name=get("DB_NAME"),
         db_port=get("DB_PORT", "3306", number(1, 65535)),
-        db_ssl_ca=get("DB_SSL_CA", "", lambda text: text and str(HERE / text)),
+        db_ssl_ca=get("DB_SSL_CA", "", ca_file),
         iterable_api_key=get("ITERABLE_API_KEY", None if needs_key else "", api_key),
         iterable_api_base_url=get("ITERABLE_API_BASE_URL", "https://api.iterable.com", base_url),
         iterable_rate_limit=get("ITERABLE_RATE_LIMIT", "450", number(1, 100_000)),
@@ -126,13 +127,17 @@ def load_environment_variables(
 
 
 def read_env_file(env_file: Path, complaints: list[str]) -> dict[str, str | None]:
+    """What the file sets, as it stands there: a password may hold ${...}. There need not be a `.env`."""
+    if env_file == HERE / ".env" and not env_file.exists():
+        return {}
     try:
-        if env_file != HERE / ".env":
-            env_file.stat()
-        return dotenv.dotenv_values(env_file, interpolate=False, encoding="utf-8-sig")  # a password may hold ${...}
+        with env_file.open(encoding="utf-8-sig") as lines:
+            bindings = list(parse_stream(lines))
     except (OSError, UnicodeDecodeError) as error:
         complaints.append(f"{env_file} cannot be read ({getattr(error, 'strerror', None) or 'it is not text'})")
         return {}
+    complaints += [f"line {each.original.line} of {env_file} cannot be read" for each in bindings if each.error]
+    return {each.key: each.value for each in bindings if each.key}
 
 
 def read_secret(name: str, values: dict[str, str | None], complaints: list[str]) -> None:
@@ -145,7 +150,7 @@ def read_secret(name: str, values: dict[str, str | None], complaints: list[str])
             values[name] = re.sub(r"\r?\n\Z", "", HERE.joinpath(file).read_bytes().decode())
         except (OSError, ValueError) as error:
             complaints.append(f"{name}_FILE cannot be read ({getattr(error, 'strerror', None) or 'it is not text'})")
-            values[name] = "unknown"
+            values[name] = "-"
 
 
 def matching(pattern: str, complaint: str) -> Callable[[str], str]:
@@ -171,9 +176,15 @@ def number(low: float, high: float, kind: type[int] | type[float] = int) -> Call
     return parse
 
 
+def ca_file(text: str) -> str:
+    if text and not (HERE / text).is_file():
+        raise ValueError("is no file")
+    return text and str(HERE / text)
+
+
 def base_url(text: str) -> str:
     text = text.lower().rstrip("/").removesuffix("/api").rstrip("/")
-    parts = re.fullmatch(r"(https?)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", text)
+    parts = re.fullmatch(r"(https?)://([a-z0-9._-]+|\[::1\])(:[0-9]{1,5})?", text)
     if not parts or int((parts[3] or ":443")[1:]) > 65535:
         raise ValueError("must be a host's address such as https://api.iterable.com, without path, query or user")
     if parts[1] == "http" and not re.fullmatch(r"localhost|127(\.(25[0-5]|2[0-4]\d|1?\d?\d)){3}|\[::1\]", parts[2]):
@@ -295,7 +306,7 @@ class Stop(threading.Event):
         """Out of memory or of threads, or what nobody thought of."""
         log.critical("Unexpected error", exc_info=error, extra=FILE_ONLY)
         what = f"{type(error).__name__}: {error}"
-        if isinstance(error, MemoryError | OSError) or "thread" in what:
+        if isinstance(error, MemoryError | OSError | OverflowError) or "thread" in what:
             what = f"out of memory or threads ({what}): lower MAX_WORKERS, or raise ulimit -v or -u"
         self.ask("aborted", NOT_ALL, f"{what}; the log file has the details")
 
@@ -332,21 +343,12 @@ def listen_for_signals() -> Stop:
 def send(group: list[Delivery], client: IterableClient) -> list[Delivery]:
     """Both calls of a group, as far as they are still to be made. Runs in many threads."""
     update = [each for each in group if each.users_update is None]
-    make(update, "users_update", lambda: client.update_users([each.user for each in update]))
+    for each, result in zip(update, client.update_users([each.user for each in update]), strict=True):
+        each.users_update = result
     track = [each for each in group if each.users_update and not each.users_update.forgotten]
-    make(track, "events_track", lambda: client.track_events([each.event for each in track]))
+    for each, result in zip(track, client.track_events([each.event for each in track]), strict=True):
+        each.events_track = result
     return group
-
-
-def make(group: Sequence[Delivery], name: str, call: Callable[[], iterable.Verdicts]) -> None:
-    """Make a call. Should it raise, it is on record as one without an answer, for the users may have been told."""
-    broken = CallResult(name.replace("_", "/"), False, reason="an unexpected error: see the log file")
-    results: iterable.Verdicts = [broken] * len(group)
-    try:
-        results = call()
-    finally:
-        for delivery, result in zip(group, results, strict=True):
-            setattr(delivery, name, result)
 
 
 def in_groups(deliveries: Iterable[Delivery], most: int) -> Iterator[list[Delivery]]:
@@ -376,7 +378,7 @@ def deliver(records: deque[Record], client: IterableClient, settings: Settings, 
     with ThreadPoolExecutor(workers) as threads:
         try:
             room = ROOM + workers * ROOM_OF_A_THREAD
-            mmap.mmap(-1, room, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ).close()
+            mmap.mmap(-1, room, OWN_MEMORY, mmap.PROT_READ).close()
             size, most = (iterable.MOST_ITEMS, MOST_IN_FLIGHT) if report.options.bulk else (1, 2 * workers)
             groups = in_groups(prepared(records, settings, report), size)
             for delivery in delivered(groups, most, client, threads, report):
@@ -404,20 +406,20 @@ def delivered(
     """
     done: queue.SimpleQueue[Future[list[Delivery]]] = queue.SimpleQueue()
     singly: deque[list[Delivery]] = deque()
-    more, group = True, None
+    more = True
     while more or report.open:
+        group = None
         if singly:
             group = singly.popleft()
         elif len(report.open) < most:
             group = next(groups, None)
             more = group is not None
-        else:
-            group = None
         if group and group[0].to_send and (group[0].users_update or not report.stop.is_set()):
+            mmap.mmap(-1, ROOM_OF_A_THREAD, OWN_MEMORY).close()  # submit() would hang with a thread that dies at birth
             threads.submit(send, group, client).add_done_callback(done.put)
         else:
             yield from group or ()
-        if report.open and not (group and done.empty()):
+        if report.open and not (group and done.empty()):  # else there may be another group to begin with
             finished = []
             with contextlib.suppress(queue.Empty):
                 finished = done.get(timeout=0.1).result()
@@ -485,8 +487,8 @@ class Report:
 
     def record(self, delivery: Delivery) -> None:
         """Put a user on record who is done, and tell whose turn it is."""
-        line, status = delivery.as_line(), delivery.status
-        text = trace.to_json(line)
+        line = delivery.as_line()
+        status, text = line["status"], trace.to_json(line)
         if status == "would_send":
             payloads = f'{{"users_update": {delivery.user.json}, "events_track": {delivery.event.json}}}'
             text = f'{text[:-1]}, "payloads": {payloads}}}'
@@ -618,7 +620,7 @@ def run_integration(settings: Settings, options: argparse.Namespace, stop: Stop)
         client = iterable_client(settings, stop)
         log.info("[STEP 5] Processing user records...")
         memory = read_memory(settings.results_dir) if options.changed_only else {}
-        if len(records) > LARGE and not (options.bulk or memory):
+        if len(records) > LARGE and not options.bulk:
             singly, in_bulk = (cost(len(records), settings, bulk=bulk)[1] for bulk in (False, True))
             log.info("%d users take %.0f s or more; with --bulk %.0f s or more", len(records), singly, in_bulk)
         stop.sending = True
@@ -690,7 +692,8 @@ def check(settings: Settings, options: argparse.Namespace, stop: Stop) -> int:
 
     def results_folder() -> None:
         settings.results_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=settings.results_dir).close()
+        with tempfile.TemporaryFile(dir=settings.results_dir) as file:
+            file.write(b"\n")
 
     def tables() -> None:  # no EXPLAIN: an account that may read views only must not use it
         database().execute_query(f"SELECT * FROM ({read_query(QUERIES, 'query_2')}) AS query_2 WHERE FALSE")  # noqa: S608

@@ -10,20 +10,19 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from threading import local
-from typing import Any
+from typing import Any, NamedTuple
 
 import requests
 
+from db_connection import read_query
 from lab import database, process
 from lab.standin_handle import EVENTS_TRACK, USERS_UPDATE, StandIn
 from logger_config import ResultsFile, read_memory, to_json
@@ -31,12 +30,10 @@ from logger_config import ResultsFile, read_memory, to_json
 LIMIT = 500
 USERS = 10_000
 WARM_AFTER = 4.0  # seconds
-BARE_THREADS = 400
 PROGRESS = re.compile(r"Progress: (\d+)/")
 
 
-@dataclass
-class Measured:
+class Measured(NamedTuple):
     """A whole run of main.py: seconds from start to exit, CPU seconds, MB at the peak, users a second once warm."""
 
     seconds: float
@@ -51,15 +48,11 @@ def measure(server: database.DatabaseServer, standin: StandIn, *arguments: str, 
         own = {"REQUESTS_CA_BUNDLE": str(standin.ca_file), "ITERABLE_RATE_LIMIT": str(LIMIT), **settings}
         environment = process.settings_for(server.create_reader(), standin.url, Path(folder), **own)
         began = time.monotonic()
-        running = subprocess.Popen(
-            [sys.executable, "-u", str(process.ROOT / "main.py"), "--env-file", "/dev/null", *arguments],
-            env={**process.BARE, **environment},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert running.stdout
-        progress = [(time.monotonic(), int(found[1])) for line in running.stdout if (found := PROGRESS.match(line))]
-        _, _, usage = os.wait4(running.pid, 0)
+        command = [sys.executable, "-u", str(process.ROOT / "main.py"), "--env-file", "/dev/null", *arguments]
+        running = subprocess.Popen(command, env={**process.BARE, **environment}, stdout=subprocess.PIPE, text=True)
+        told = ((time.monotonic(), PROGRESS.match(line)) for line in running.stdout)
+        progress = [(when, int(found[1])) for when, found in told if found]
+        usage = os.wait4(running.pid, 0)[2]
         seconds = time.monotonic() - began
         with next(Path(folder).glob("integration_results_*.json")).open(encoding="utf-8") as lines:
             summary = next(json.loads(line[11:]) for line in lines if line.startswith('"summary": '))
@@ -73,8 +66,8 @@ def bodies(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
     email = f"bare{number}@example.com"
     user = {"email": email, "dataFields": {"first_name": "Ann", "plan_type": "pro", "recent_page_view": True}}
     fields = {"page": "pricing", "browser": "desktop", "location": "Berlin", "timestamp": "2026-01-13 14:30:45"}
-    event = {"email": email, "eventName": "page_view", "id": f"bare-{number}", "createdAt": 1768314645}
-    return user, {**event, "dataFields": fields}
+    event = {"eventName": "page_view", "id": f"bare-{number}", "createdAt": 1768314645}
+    return user, {"email": email, **event, "dataFields": fields}
 
 
 def bare_loop(url: str, ca_file: str, users: int, threads: int) -> float:
@@ -96,33 +89,22 @@ def bare_loop(url: str, ca_file: str, users: int, threads: int) -> float:
 
 def bare(standin: StandIn, users: int, threads: int) -> tuple[float, float]:
     """The bare loop in a process of its own: users a second, and CPU milliseconds a user, start-up included."""
-    command = [
-        sys.executable,
-        "-m",
-        "lab.benchmark",
-        "bare-loop",
-        standin.url,
-        str(standin.ca_file),
-        str(users),
-        str(threads),
-    ]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return float(done.stdout), 1000 * cpu / users
+    arguments = [standin.url, str(standin.ca_file), str(users), str(threads)]
+    command = [sys.executable, "-m", "lab.benchmark", "bare-loop", *arguments]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    speed, usage = float(running.stdout.read()), os.wait4(running.pid, 0)[2]
+    return speed, 1000 * (usage.ru_utime + usage.ru_stime) / users
 
 
 def describe(run: Measured, standin: StandIn) -> str:
-    counters = standin.counters()
+    counters, users = standin.counters(), run.summary["total_users"]
     calls = sum(counters["calls"].values())
-    busiest = {endpoint: count for endpoint, count in counters["busiest_second"].items() if count}
     return (
-        f"{run.summary['success']} of {run.summary['total_users']} delivered in {run.seconds:.1f} s, "
-        f"{run.warm:.0f} users/s once warm; CPU {1000 * run.cpu / run.summary['total_users']:.3f} ms a user, "
-        f"peak memory {run.memory:.0f} MB; {calls} calls over {counters['connections']} connections, "
-        f"{counters['throttled']} answered 429 ({100 * counters['throttled'] / calls:.2f} %), "
-        f"{run.summary['retries']} retries; busiest second {busiest}"
+        f"{run.summary['success']} of {users} delivered in {run.seconds:.1f} s, {run.warm:.0f} users/s once warm; "
+        f"CPU {1000 * run.cpu / users:.3f} ms a user, peak memory {run.memory:.0f} MB; "
+        f"{calls} calls over {counters['connections']} connections, {run.summary['retries']} retries, "
+        f"{counters['throttled']} answered 429 ({100 * counters['throttled'] / calls:.2f} %); "
+        f"busiest second {counters['busiest_second']}"
     )
 
 
@@ -136,7 +118,7 @@ def singly(server: database.DatabaseServer) -> None:
             run = measure(server, standin)
             print(f"- {1000 * latency:.0f} ms a call: {describe(run, standin)}")
         with StandIn(tls="good", latency=latency, journal=False, limit_users=100_000, limit_events=100_000) as standin:
-            bare_speed, bare_cpu = bare(standin, USERS // 2, BARE_THREADS)
+            bare_speed, bare_cpu = bare(standin, USERS // 2, 400)
         print(
             f"  {100 * run.warm / LIMIT:.1f} % of the limit, {run.seconds / (USERS / LIMIT):.3f} of the floor, "
             f"{USERS / run.seconds / one_by_one:.0f} times one by one ({one_by_one:.2f} users/s); "
@@ -152,22 +134,17 @@ def bulk(server: database.DatabaseServer) -> None:
     database.fill(server, users, users, all_qualify=True)
     with StandIn(tls="good", latency=0.3, journal=False) as standin:
         run = measure(server, standin, "--bulk")
-        print(
-            f"- {describe(run, standin)}; {100 * run.warm / limit:.1f} % of the limit of {limit}, "
-            f"{run.seconds / (users / limit):.3f} of the floor"
-        )
+        print(f"- {describe(run, standin)}; {100 * run.warm / limit:.1f} % of the limit of {limit}", end=", ")
+        print(f"{run.seconds / (users / limit):.3f} of the floor")
 
 
 def shared(server: database.DatabaseServer) -> None:
     """A project of which other programs use 300 of the 500."""
-    others = 300
     database.fill(server, USERS, USERS, all_qualify=True)
-    with StandIn(tls="good", latency=0.3, others=others, journal=False) as standin:
+    with StandIn(tls="good", latency=0.3, others=300, journal=False) as standin:
         run = measure(server, standin)
-        average = run.summary["total_users"] / run.seconds
-        print(
-            f"- {average:.0f} users/s, {100 * average / (LIMIT - others):.0f} % of the rest; {describe(run, standin)}"
-        )
+        average = USERS / run.seconds
+        print(f"- {average:.0f} users/s, {100 * average / (LIMIT - 300):.0f} % of the rest;", describe(run, standin))
 
 
 def slow(server: database.DatabaseServer) -> None:
@@ -175,8 +152,7 @@ def slow(server: database.DatabaseServer) -> None:
     database.fill(server, 1000, 1000, all_qualify=True)
     with StandIn(tls="good", latency=0.1, journal=False) as standin:
         standin.fault("reply", endpoint=USERS_UPDATE, status=503, times=100, skip=200)
-        run = measure(server, standin, ITERABLE_RATE_LIMIT="50")
-        print(f"- {describe(run, standin)}")
+        print("-", describe(measure(server, standin, ITERABLE_RATE_LIMIT="50"), standin))
 
 
 def dry_run(server: database.DatabaseServer) -> None:
@@ -200,52 +176,39 @@ def memory(_: database.DatabaseServer) -> None:
                 results.add(to_json({**line, "user_id": user, "fingerprint": f"{user:064x}"}), at_once=False)
             results.finish({})
         began = time.monotonic()
-        known = len(read_memory(Path(folder)))
-        print(f"- {known} users read in {time.monotonic() - began:.1f} s")
+        print(f"- {len(read_memory(Path(folder)))} users read in {time.monotonic() - began:.1f} s")
 
 
-def query() -> None:
+def query(_: database.DatabaseServer) -> None:
     """Query 2 on 100 000 customers and 2 million page views, with and without its index, on each kind of server."""
-    sql = re.search(r"^-- name: query_2$(.*?);$", database.QUERIES.read_text("utf-8"), re.MULTILINE | re.DOTALL)
-    assert sql
+    sql = read_query(database.QUERIES, "query_2")
     for kind, program in database.find_servers().items():
         with database.DatabaseServer(program, *database.LARGE[kind]) as server:
             server.load(database.SETUP)
             database.fill(server, 100_000, 2_000_000)
-            times = {}
             for index in ("with", "without"):
                 if index == "without":
-                    server.query("ALTER TABLE page_views DROP KEY page_views_recent")
+                    server.query(database.DROP_INDEX)
                 server.query("ANALYZE TABLE page_views, customers")
-                runs = []
+                times = []
                 for _ in range(3):
                     began = time.monotonic()
-                    rows = len(server.query(sql[1]))
-                    runs.append(time.monotonic() - began)
-                times[index] = min(runs)
-        print(
-            f"- {kind} {server.version}, {rows} rows: {times['with']:.2f} s with index, "
-            f"{times['without']:.2f} s without, ratio {times['without'] / times['with']:.0f}",
-            flush=True,
-        )
+                    rows = len(server.query(sql))
+                    times.append(time.monotonic() - began)
+                print(f"- {kind} {server.version}, {rows} rows: {min(times):.2f} s {index} index", flush=True)
 
 
 def main() -> None:
     if sys.argv[1:2] == ["bare-loop"]:
         print(bare_loop(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])))
         return
-    parts = {part.__name__: part for part in (singly, bulk, shared, slow, dry_run, memory)}
-    wanted = sys.argv[1:] or [*parts, "query"]
+    parts = {part.__name__: part for part in (singly, bulk, shared, slow, dry_run, memory, query)}
     program = next(iter(database.find_servers().values()))
     with database.DatabaseServer(program, *database.LARGE[program.kind]) as server:
         server.load(database.SETUP)
-        for name in wanted:
-            if name in parts:
-                print(f"\n{name}: {parts[name].__doc__}", flush=True)
-                parts[name](server)
-    if "query" in wanted:
-        print(f"\nquery: {query.__doc__}", flush=True)
-        query()
+        for name in sys.argv[1:] or parts:
+            print(f"\n{name}: {parts[name].__doc__}", flush=True)
+            parts[name](server)
 
 
 if __name__ == "__main__":

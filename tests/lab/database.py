@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mysql.connector
 
@@ -26,31 +24,20 @@ QUERIES = ROOT / "phase2_queries.sql"
 DATABASE = "iterable_challenge"
 ADD_INDEX = "ALTER TABLE page_views ADD " + re.findall(r"KEY page_views_recent \(.*\)", SETUP.read_text("utf-8"))[0]
 DROP_INDEX = "ALTER TABLE page_views DROP KEY page_views_recent"
-LARGE = {  # options for a server with millions of rows
-    "mariadb": ("--innodb-buffer-pool-size=1G", "--innodb-log-file-size=512M"),
-    "mysql": ("--innodb-buffer-pool-size=1G", "--innodb-redo-log-capacity=1G"),
-}
+_POOL = "--innodb-buffer-pool-size=1G"  # options for a server with millions of rows
+LARGE = {"mariadb": (_POOL, "--innodb-log-file-size=512M"), "mysql": (_POOL, "--innodb-redo-log-capacity=1G")}
 START_TIMEOUT = 120.0  # seconds: a start takes under one, but not on every machine
 
-_VARIABLES = {"mariadb": "TEST_MARIADBD", "mysql": "TEST_MYSQLD"}
 _FOLDERS = (*os.get_exec_path(), "/usr/sbin", "/usr/libexec", "/usr/local/mysql/bin", str(MYSQL9 / "bin"))
-_SMALL_AND_FAST = (
-    "--bind-address=127.0.0.1",
-    "--skip-name-resolve",
-    "--skip-log-bin",
-    "--performance-schema=OFF",
-    "--innodb-buffer-pool-size=32M",
-    "--innodb-flush-log-at-trx-commit=0",
-    "--innodb-doublewrite=0",
-)
+_SMALL_AND_FAST = ["--bind-address=127.0.0.1", "--skip-name-resolve", "--skip-log-bin", "--performance-schema=OFF"]
+_SMALL_AND_FAST += ["--innodb-buffer-pool-size=32M", "--innodb-flush-log-at-trx-commit=0", "--innodb-doublewrite=0"]
 _OF_KIND = {
     "mariadb": ["--innodb-log-file-size=8M"],
     "mysql": ["--innodb-redo-log-capacity=8M", "--mysqlx=OFF", "--secure-file-priv=NULL"],
 }
 
 
-@dataclass(frozen=True)
-class ServerProgram:
+class ServerProgram(NamedTuple):
     """An installed server: `kind` is mariadb or mysql, `version` such as 10.11.6, `client` its command-line client."""
 
     kind: str
@@ -60,21 +47,17 @@ class ServerProgram:
 
 
 def find_servers() -> dict[str, ServerProgram]:
-    """The servers that this machine has, at most one of each kind, by kind.
-
-    TEST_MARIADBD and TEST_MYSQLD name one; otherwise PATH, the usual folders and what mysql9.sh unpacked are searched.
-    Raises LookupError when a variable names something else.
-    """
+    """The servers that this machine has, at most one of each kind, by kind: what TEST_MARIADBD and TEST_MYSQLD name,
+    else what is in PATH, the usual folders or where mysql9.sh unpacks. Raises LookupError for a name of no use."""
     servers = {}
-    for kind, variable in _VARIABLES.items():
-        if path := os.environ.get(variable):
-            program = _identify(Path(path))
-            if program is None or program.kind != kind:
-                raise LookupError(f"{variable} names no {kind} server that runs and has its client beside it: {path}")
+    for kind, variable in (("mariadb", "TEST_MARIADBD"), ("mysql", "TEST_MYSQLD")):
+        path = os.environ.get(variable)
+        places = [Path(folder, name) for folder in _FOLDERS for name in ("mariadbd", "mysqld")]
+        programs = map(_identify, [Path(path)] if path else places)
+        if program := next((found for found in programs if found and found.kind == kind), None):
             servers[kind] = program
-    for place in (Path(folder, name) for folder in _FOLDERS for name in ("mariadbd", "mysqld")):
-        if len(servers) < len(_VARIABLES) and (found := _identify(place)):
-            servers.setdefault(found.kind, found)
+        elif path:
+            raise LookupError(f"{variable} names no {kind} server that runs and has its client beside it: {path}")
     return servers
 
 
@@ -96,13 +79,11 @@ def _kind_and_version(path: Path) -> tuple[str, str]:
     return ("mariadb" if said[2] else "mysql", said[1]) if said else ("", "")
 
 
-class DatabaseServer:
+class DatabaseServer(contextlib.AbstractContextManager["DatabaseServer"]):
     """A `with` block around a private server on a fresh data folder; further options go to it as they are.
 
     It listens on a free port of 127.0.0.1 and on a socket in its own folder. `root` has no password and gets in by the
-    socket only, which no other account of the machine can reach. The server dies with the thread that started it:
-    start it from one that lives as long as it shall.
-
+    socket only, which no other account of the machine can reach. The server dies with the thread that started it.
     Raises RuntimeError, with the end of the server's log, when it does not start.
     """
 
@@ -111,19 +92,14 @@ class DatabaseServer:
         self._program, self._options = program, options
         self._folder = tempfile.TemporaryDirectory(dir=_all_folders()[0])
         self.socket = str(Path(self._folder.name) / "socket")
-        self.port = 0
-        self._process: subprocess.Popen[bytes] | None = None
+        self.port = _free_port()
 
     def __enter__(self) -> DatabaseServer:
-        try:
-            shutil.copytree(_template(self._program), self._folder.name, dirs_exist_ok=True)
-            self.start()
-            # mariadb-install-db lets root in by TCP as well, without a password.
-            for (host,) in self.query("SELECT host FROM mysql.user WHERE user = 'root' AND host <> 'localhost'", ""):
-                self.query(f"DROP USER root@'{host}'", "")
-        except BaseException:
-            self.__exit__()
-            raise
+        shutil.copytree(_template(self._program), self._folder.name, dirs_exist_ok=True)
+        self.start()
+        # mariadb-install-db lets root in by TCP as well, without a password.
+        for (host,) in self.query("SELECT host FROM mysql.user WHERE user = 'root' AND host <> 'localhost'", ""):
+            self.query(f"DROP USER root@'{host}'", "")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -132,14 +108,8 @@ class DatabaseServer:
 
     def start(self) -> None:
         """Start, again on the same data and port, and return when the server takes connections."""
-        self.port = self.port or _free_port()
-        command = [
-            *_command(self._program.path, self.kind, self._folder.name),
-            f"--socket={self.socket}",
-            f"--port={self.port}",
-            f"--pid-file={self.socket}.pid",
-            *self._options,
-        ]
+        own = [f"--socket={self.socket}", f"--port={self.port}", f"--pid-file={self.socket}.pid", *self._options]
+        command = [*_command(self._program.path, self.kind, self._folder.name), *own]
         log = Path(self._folder.name, "log")
         with log.open("w") as output:  # in a session of its own: a Ctrl-C is for the program that is tested
             self._process = subprocess.Popen(command, stderr=output, start_new_session=True)
@@ -150,29 +120,15 @@ class DatabaseServer:
                 raise RuntimeError(f"{self._program.path} does not start:\n{log.read_text(errors='replace')[-3000:]}")
             time.sleep(0.02)
 
-    def stop(self) -> None:
-        """Shut down in good order; the data stays, for `start`."""
-        self._end(signal.SIGTERM)
-
     def kill(self) -> None:
         """End at once, as in a power cut; the data stays, for `start`."""
-        self._end(signal.SIGKILL)
-
-    def _end(self, number: signal.Signals) -> None:
-        if self._process is not None:
-            self._process.send_signal(number)
-            self._process.wait(START_TIMEOUT)
-            self._process = None
+        self._process.kill()
+        self._process.wait(START_TIMEOUT)
 
     def settings(self, user: str, password: str, database: str = DATABASE) -> dict[str, str]:
         """The program's DB_ variables for a connection by TCP."""
-        return {
-            "DB_HOST": "127.0.0.1",
-            "DB_PORT": str(self.port),
-            "DB_USER": user,
-            "DB_PASSWORD": password,
-            "DB_NAME": database,
-        }
+        account = {"DB_USER": user, "DB_PASSWORD": password, "DB_NAME": database}
+        return {"DB_HOST": "127.0.0.1", "DB_PORT": str(self.port), **account}
 
     def create_reader(
         self, user: str = "reader", password: str = "reader's secret", database: str = DATABASE, right: str = "SELECT"
@@ -187,16 +143,9 @@ class DatabaseServer:
 
     def connect(self, database: str = "", **options: Any) -> Any:
         """A connection as root, in UTC, each statement committed on its own."""
-        defaults: dict[str, Any] = {
-            "user": "root",
-            "unix_socket": self.socket,
-            "database": database,
-            "charset": "utf8mb4",
-            "collation": "utf8mb4_unicode_ci",
-            "time_zone": "+00:00",
-            "autocommit": True,
-        }
-        return mysql.connector.connect(**(defaults | options))
+        session = {"charset": "utf8mb4", "collation": "utf8mb4_unicode_ci", "time_zone": "+00:00", "autocommit": True}
+        account = {"user": "root", "unix_socket": self.socket, "database": database}
+        return mysql.connector.connect(**(account | session | options))
 
     def query(self, sql: str, database: str = DATABASE) -> list[tuple[Any, ...]]:
         """Run one statement as root; its rows, if it has any."""
@@ -204,24 +153,11 @@ class DatabaseServer:
             cursor.execute(sql)
             return cursor.fetchall() if cursor.with_rows else []
 
-    def load(self, script: Path | str, *arguments: str, settings: Mapping[str, str] | None = None) -> str:
-        """Run a file, or a text, through the command-line client as one would by hand; what it prints, tab-separated.
-
-        As root, or as the account of `settings`. Raises RuntimeError with the client's own words.
-        """
-        account = ["--user=root", f"--socket={self.socket}"]
-        if settings:
-            account = [
-                "--protocol=TCP",
-                *(f"--{name}={settings[f'DB_{name.upper()}']}" for name in ("host", "port", "user")),
-            ]
-        done = subprocess.run(
-            [self._program.client, "--no-defaults", *account, *arguments],
-            input=script.read_bytes() if isinstance(script, Path) else script.encode(),
-            capture_output=True,
-            env={**os.environ, "MYSQL_PWD": settings["DB_PASSWORD"] if settings else ""},
-            timeout=START_TIMEOUT,
-        )
+    def load(self, script: Path, *arguments: str) -> str:
+        """What the command-line client prints for a file, as root unless `arguments` say otherwise, or RuntimeError."""
+        command = [self._program.client, "--no-defaults", "--user=root", f"--socket={self.socket}", *arguments]
+        sql, environment = script.read_bytes(), {**os.environ, "MYSQL_PWD": ""}
+        done = subprocess.run(command, input=sql, capture_output=True, env=environment, timeout=START_TIMEOUT)
         if done.returncode:
             raise RuntimeError(done.stderr.decode(errors="replace").strip())
         return done.stdout.decode()
@@ -231,54 +167,31 @@ def fill(server: DatabaseServer, customers: int, views: int, *, all_qualify: boo
     """Replace all customers and page views by made-up ones with the ids 1, 2, ...: the same in every call on one day.
 
     A quarter of the customers is pro, and the views are spread over 90 days and 8 pages. With `all_qualify` Query 2
-    finds every customer, for days to come; that takes at least as many views as customers. A million of both take
-    12 s on MariaDB and 18 s on MySQL, with the options LARGE[server.kind] for the server.
+    finds every customer, for days to come; that takes at least as many views as customers.
     """
-    statements = (
-        # Rows first and keys afterwards, unchecked, is several times as fast.
-        "SET foreign_key_checks = 0",
-        "ALTER TABLE page_views DROP FOREIGN KEY page_views_customer, DROP KEY page_views_user_id",
-        DROP_INDEX,
-        "TRUNCATE page_views",
-        "TRUNCATE customers",
-        *_rows("customers (id, first_name, last_name, email, plan_type)", customers, _CUSTOMER[all_qualify]),
-        *_rows("page_views (id, user_id, page, browser, location, event_time)", views, _VIEW[all_qualify] % customers),
-        "ALTER TABLE page_views ADD KEY page_views_user_id (user_id), ADD CONSTRAINT page_views_customer"
-        " FOREIGN KEY (user_id) REFERENCES customers (id) ON DELETE CASCADE",
-        ADD_INDEX,
+    plans, pages, days = (1, 2, 2) if all_qualify else (4, 8, 90)
+    user = "(n - 1)" if all_qualify else "CRC32(CONCAT('user', n))"
+    plan = f"ELT(1 + CRC32(n) MOD {plans}, 'pro', 'basic', 'free', 'enterprise')"
+    page = (
+        f"ELT(1 + CRC32(CONCAT('page', n)) MOD {pages}, 'pricing', 'settings', 'home', 'docs', 'blog', 'a', 'b', 'c')"
     )
+    time = f"CURDATE() - INTERVAL 1 + CRC32(CONCAT('time', n)) MOD (86400 * {days}) SECOND"
+    most = "max_recursive_iterations" if server.kind == "mariadb" else "cte_max_recursion_depth"
+    numbers = "WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < {})"
+    statements = f"""
+        SET foreign_key_checks = 0, {most} = 4294967295;
+        {DROP_INDEX};
+        TRUNCATE page_views;
+        TRUNCATE customers;
+        INSERT INTO customers (id, first_name, last_name, email, plan_type) {numbers.format(customers)}
+            SELECT n, CONCAT('First', n), CONCAT('Last', n), CONCAT('user', n, '@example.com'), {plan} FROM numbers;
+        INSERT INTO page_views (id, user_id, page, browser, location, event_time) {numbers.format(views)}
+            SELECT n, 1 + {user} MOD {customers}, {page}, 'desktop', 'Berlin, DE', {time} FROM numbers;
+        {ADD_INDEX}"""
     with server.connect(DATABASE) as connection, connection.cursor() as cursor:
-        for statement in statements:
+        for statement in statements.split(";"):
             cursor.execute(statement)
     server.query("ANALYZE TABLE customers, page_views")
-
-
-def _rows(table: str, count: int, columns: str) -> Iterator[str]:
-    """Statements that make the rows 1 to `count` of an empty table, each as many as there are already."""
-    yield f"INSERT INTO {table} SELECT {columns} FROM (SELECT 1 AS n) AS numbers"
-    made = 1
-    while made < count:
-        numbers = f"SELECT id + {made} AS n FROM {table.split()[0]} WHERE id <= {count - made} ORDER BY id"
-        yield f"INSERT INTO {table} SELECT {columns} FROM ({numbers}) AS numbers"
-        made *= 2
-
-
-_NAMED = "n, CONCAT('First', n), CONCAT('Last', n), CONCAT('user', n, '@example.com'), "
-_CUSTOMER = {
-    False: _NAMED + "ELT(1 + CRC32(n) MOD 4, 'pro', 'basic', 'free', 'enterprise')",
-    True: _NAMED + "'pro'",
-}
-_FROM = (
-    " ELT(1 + CRC32(CONCAT('browser', n)) MOD 3, 'desktop', 'mobile', 'tablet'),"
-    " ELT(1 + CRC32(CONCAT('location', n)) MOD 5, 'Boston, US', 'London, GB', 'Berlin, DE', 'Sydney, AU', 'Lagos, NG'),"
-    " CURDATE() - INTERVAL 1 + CRC32(CONCAT('time', n)) MOD (86400 * {days}) SECOND"
-)
-_VIEW = {
-    False: "n, 1 + CRC32(CONCAT('user', n)) MOD %d, ELT(1 + CRC32(CONCAT('page', n)) MOD 8,"
-    " 'pricing', 'settings', 'home', 'docs', 'blog', 'dashboard', 'about', 'help')," + _FROM.format(days=90),
-    True: "n, 1 + (n - 1) MOD %d, ELT(1 + CRC32(CONCAT('page', n)) MOD 2, 'pricing', 'settings'),"
-    + _FROM.format(days=2),
-}
 
 
 def _command(program: Path, kind: str, folder: str) -> list[str]:
@@ -296,50 +209,31 @@ def _template(program: ServerProgram) -> str:
     """A folder for a new server, made once in a process, because that takes MySQL seconds, and copied for each."""
     folder = tempfile.mkdtemp(dir=_all_folders()[0])
     (Path(folder) / "tmp").mkdir()
-    if program.kind == "mysql":
-        tool, options = program.path, ["--initialize-insecure"]
-    else:
-        folders = (program.path.parent, program.path.parent.parent / "bin", program.path.parent.parent / "scripts")
-        path = os.pathsep.join([*map(str, folders), *os.get_exec_path()])
-        found = shutil.which("mariadb-install-db", path=path) or shutil.which("mysql_install_db", path=path)
-        if not found:
-            raise LookupError(f"{program.path} has no mariadb-install-db")
-        tool = Path(found)
+    tool, options = str(program.path), ["--initialize-insecure"]
+    if program.kind == "mariadb":
+        above = program.path.parent.parent
+        path = os.pathsep.join(map(str, (program.path.parent, above / "bin", above / "scripts", *os.get_exec_path())))
+        tool = shutil.which("mariadb-install-db", path=path) or "mysql_install_db"
         options = ["--auth-root-authentication-method=normal", "--skip-test-db"]
-    done = subprocess.run(
-        [*_command(tool, program.kind, folder), *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        timeout=START_TIMEOUT,
-    )
+    command = [*_command(Path(tool), program.kind, folder), *options]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=START_TIMEOUT)
     if done.returncode:
-        raise RuntimeError(f"{tool} failed:\n{done.stdout[-2000:]}")
+        raise RuntimeError(f"{tool} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return folder
 
 
 @functools.cache
 def _all_folders() -> tuple[str, subprocess.Popen[bytes]]:
     """A folder for everything of this process, and a shell that removes it when the process has ended in any way."""
-    # The path of a socket may have 107 bytes.
-    parent = "/tmp" if len(os.fsencode(tempfile.gettempdir())) > 70 else None
-    folder = tempfile.mkdtemp(prefix="database-", dir=parent)
+    folder = tempfile.mkdtemp(prefix="database-", dir="/tmp")  # the path of a socket may have 107 bytes
     # The pipe ends with this process. A server that is being killed may still write for a moment.
-    remove = 'cat; rm -rf "$0" || { sleep 1; rm -rf "$0"; }'
-    return folder, subprocess.Popen(
-        ["sh", "-c", remove, folder], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    command = ["sh", "-c", 'cat; rm -rf "$0" || { sleep 1; rm -rf "$0"; }', folder]
+    return folder, subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
 def _free_port() -> int:
     # Below the ports that the system gives to outgoing connections, which could take this one while a server is down.
     while True:
         port = random.randrange(10_000, 32_000)
-        with socket.socket() as attempt:
-            attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                attempt.bind(("127.0.0.1", port))
-            except OSError:
-                continue
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port

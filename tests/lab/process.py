@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -32,29 +32,23 @@ class Ended:
 
     @property
     def log(self) -> str:
-        """The log, rotated parts included, the oldest first."""
-        parts = sorted(self.folder.glob("run.log*"), key=lambda path: path.name, reverse=True)
-        return "".join(path.read_text(encoding="utf-8") for path in parts)
+        return "".join(path.read_text("utf-8") for path in sorted(self.folder.glob("run.log*"), reverse=True))
 
     @property
     def documents(self) -> list[dict[str, Any]]:
-        """Every whole results document in the folder, the oldest first."""
         return [json.loads(path.read_text("utf-8")) for path in sorted(self.folder.glob("integration_results_*.json"))]
 
     @property
     def results(self) -> dict[str, Any]:
-        """The last results document."""
         return self.documents[-1]
 
     @property
     def summary(self) -> dict[str, Any]:
         """That of the last results document, without its times and without what is zero or empty."""
-        times = ("duration_seconds", "users_per_second")
-        return {key: value for key, value in self.results["summary"].items() if value and key not in times}
+        return {key: value for key, value in self.results["summary"].items() if value and "second" not in key}
 
     @property
     def users(self) -> dict[int, dict[str, Any]]:
-        """The lines of the last results document, by record."""
         return {line["record"]: line for line in self.results["results"]}
 
     @property
@@ -65,18 +59,14 @@ class Ended:
 
     @property
     def everything(self) -> str:
-        """All that the program has written anywhere, for a search for secrets."""
         files = [path.read_text("utf-8", "replace") for path in self.folder.rglob("*") if path.is_file()]
         return "\n".join([self.console, self.errors, *files])
 
 
-class Running:
-    """A run under way, which a `with` block ends for good. `wrapper` is a command that starts it, such as nohup, and
-    `program` what Python runs in place of main.py."""
+class Running(contextlib.AbstractContextManager["Running"]):
+    """A run under way. `wrapper` is a command that starts it, `program` what Python runs in place of main.py."""
 
-    def __init__(
-        self, *arguments: str, settings: Any, folder: Path, cwd: Any = "/", wrapper: Any = (), program: Any = MAIN
-    ) -> None:
+    def __init__(self, *arguments: str, settings: Any, folder: Path, wrapper: Any = (), program: Any = MAIN) -> None:
         self.folder = folder
         self._streams = out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
         # A wrapper's limits are not meant for the files and memory of coverage.
@@ -84,25 +74,17 @@ class Running:
         env = {**BARE, **coverage, **settings}
         (folder / "empty.env").touch()
         command = [*wrapper, sys.executable, *program, "--env-file", str(folder / "empty.env"), *arguments]
-        self.process = subprocess.Popen(command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
-
-    def __enter__(self) -> Running:
-        return self
+        self.process = subprocess.Popen(command, env=env, cwd="/", stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+        self.signal = self.process.send_signal
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
 
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
     def console(self, stream: int = 0) -> str:
-        """What it has printed so far."""
-        descriptor = self._streams[stream].fileno()
-        return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode()  # the run writes at the same offset
+        return os.pread(self._streams[stream].fileno(), 10_000_000, 0).decode()  # a read would move where it writes
 
     def wait_for(self, text: str, seconds: float = 30) -> None:
-        """Until the console shows a text. Raises AssertionError when it does not."""
         end = time.monotonic() + seconds
         while text not in self.console():
             assert time.monotonic() < end and self.process.poll() is None, f"no {text!r} in:\n{self.console()}"
@@ -119,12 +101,10 @@ Customers = Settings = Callable[..., dict[str, str]]
 
 
 def settings_for(database: Mapping[str, str], url: str, folder: Path, **more: str) -> dict[str, str]:
-    """A whole set of settings: those of a database, Iterable's address, and results and log in `folder`."""
     own = {"ITERABLE_API_KEY": KEY, "ITERABLE_API_BASE_URL": url}
     return {**database, **own, "RESULTS_DIR": str(folder), "LOG_FILE": str(folder / "run.log"), **more}
 
 
 def run(*arguments: str, settings: Mapping[str, str], folder: Path, seconds: float = 60) -> Ended:
-    """One whole run."""
     with Running(*arguments, settings=settings, folder=folder) as running:
         return running.wait(seconds)
