@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
 import socket
 import ssl
@@ -17,7 +16,6 @@ from typing import Any
 
 import mysql.connector
 
-CONNECT_TIMEOUT = 10  # seconds
 QUERY_TIMEOUT = 600  # seconds without a byte from the server
 
 _OLDEST = {"MySQL": (8, 0), "MariaDB": (10, 2)}  # the first with window functions and CTEs
@@ -28,8 +26,6 @@ _CURES = {  # by the number that server or client give the error
     1045: "The database refused the login: check DB_USER and DB_PASSWORD",
     1049: "There is no such database: check DB_NAME, or load database_setup.sql",
     1054: "A column is missing: compare the tables with database_setup.sql",
-    1129: "The database blocks this host after too many errors: its administrator runs FLUSH HOSTS",
-    1130: "The database does not let this host in: check the host part of the user's account",
     1142: "DB_USER may not read a table: GRANT SELECT on it to the user",
     1146: "A table is missing: check DB_NAME, or load database_setup.sql",
     1698: "The database refused the login: check DB_USER and DB_PASSWORD",
@@ -42,11 +38,9 @@ _CURES = {  # by the number that server or client give the error
     3024: f"The database was silent for {QUERY_TIMEOUT} s: look for locks, and for a missing index",
 }
 
-# Those after the connector's own: for a host name that cannot be one, for a server that speaks no MySQL, and for the
-# lsb_release that the connector starts.
+# Besides its own errors the connector lets these through: for an impossible host name, for a server that is not MySQL,
+# and for a failing lsb_release, which it starts.
 _ERRORS = (mysql.connector.Error, OSError, ValueError, IndexError, struct.error, subprocess.SubprocessError)
-
-log = logging.getLogger(__name__)
 
 
 class DatabaseError(Exception):
@@ -73,15 +67,14 @@ class DatabaseConnection:
     name are verified. Entering it and its methods raise DatabaseError.
     """
 
-    server = ""
-    """Kind and version, such as `MariaDB 10.11.6`, once connected."""
+    server = ""  # kind and version, such as `MariaDB 10.11.6`, once connected
 
     def __init__(self, host: str, port: int, user: str, password: str, database: str, ssl_ca: str = "") -> None:
         self._config: dict[str, Any] = {
             "user": user,
             "password": password,
             "database": database,
-            "connection_timeout": CONNECT_TIMEOUT,
+            "connection_timeout": 10,  # seconds
             "read_timeout": QUERY_TIMEOUT,
             "charset": "utf8mb4",
             "collation": "utf8mb4_unicode_ci",  # the connector's own, utf8mb4_0900_ai_ci, is unknown to MariaDB
@@ -95,10 +88,8 @@ class DatabaseConnection:
             self._config |= {"ssl_ca": ssl_ca, "ssl_verify_cert": True, "ssl_verify_identity": True}
 
     def __enter__(self) -> DatabaseConnection:
-        try:
-            self._connection = mysql.connector.connect(**self._config)
-        except _ERRORS as error:
-            raise _in_words(error) from error
+        with _errors_in_words():
+            self._connection: Any = mysql.connector.connect(**self._config)
         try:
             self.server = self._check_version()
             self.execute_query("SET SESSION TRANSACTION READ ONLY")
@@ -108,15 +99,14 @@ class DatabaseConnection:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
+        with contextlib.suppress(*_ERRORS):  # it says goodbye to a server that may be gone
             self._connection.close()
-        except _ERRORS as error:  # it says goodbye to a server that may be gone
-            log.debug("Closing the database connection: %s", error)
 
     def execute_query(self, sql: str) -> list[dict[str, Any]]:
         """Run one statement; a dict of column to value for each row."""
-        with self._executed(sql) as cursor:
-            return [dict(zip(cursor.column_names, row, strict=True)) for row in cursor]
+        with _errors_in_words(), self._connection.cursor(dictionary=True) as cursor:
+            cursor.execute(sql)
+            return [*cursor]
 
     def read_records(self, sql: str) -> list[Record]:
         """The rows of Query 2, in its order. A million of them take about 400 MB."""
@@ -124,25 +114,17 @@ class DatabaseConnection:
         def once(value: Any) -> Any:  # one text, however many rows have it
             return sys.intern(value) if type(value) is str else value
 
-        with self._executed(sql) as cursor:
+        with _errors_in_words(), self._connection.cursor() as cursor:
+            cursor.execute(sql)
             if cursor.column_names != Record._fields:
                 wanted, found = ", ".join(Record._fields), ", ".join(cursor.column_names)
                 raise DatabaseError(f"Query 2 must return {wanted}, not {found}: restore phase2_queries.sql")
             records: list[Record] = []
             end = None
-            while not end:  # to ask for single rows takes longer, and all at once hold their packets, 1.2 KB a row
+            while not end:  # in thousands: single rows take longer, and all at once hold their packets, 1.2 KB a row
                 rows, end = self._connection.get_rows(count=1000)
                 records += [Record(*row[:3], *map(once, row[3:])) for row in rows]
             return records
-
-    @contextlib.contextmanager
-    def _executed(self, sql: str) -> Iterator[Any]:
-        try:
-            with self._connection.cursor() as cursor:
-                cursor.execute(sql)
-                yield cursor
-        except _ERRORS as error:
-            raise _in_words(error) from error
 
     def _check_version(self) -> str:
         version = str(self.execute_query("SELECT VERSION() AS version")[0]["version"])
@@ -153,13 +135,17 @@ class DatabaseConnection:
         return f"{kind} {'.'.join(numbers)}"
 
 
-def _number(error: Exception) -> int:
-    """The number of an error, with those told apart that the connector gives the number of a lost connection."""
-    if isinstance(error, UnicodeError) or isinstance(error.__cause__, socket.gaierror):
-        return 2005
-    return 2026 if isinstance(error.__cause__, ssl.SSLError) else getattr(error, "errno", 0) or 0
-
-
-def _in_words(error: Exception) -> DatabaseError:
-    said = " ".join(str(error).split())
-    return DatabaseError(f"{_CURES.get(_number(error), 'The database reported an error')} ({said})")
+@contextlib.contextmanager
+def _errors_in_words() -> Iterator[None]:
+    """An error in this block becomes a DatabaseError, with its cure."""
+    try:
+        yield
+    except _ERRORS as error:
+        number: Any = getattr(error, "errno", None)
+        # To these two the connector gives no number, or that of a lost connection.
+        if isinstance(error, UnicodeError) or isinstance(error.__cause__, socket.gaierror):
+            number = 2005
+        elif isinstance(error.__cause__, ssl.SSLError):
+            number = 2026
+        cure, said = _CURES.get(number, "The database reported an error"), " ".join(str(error).split())
+        raise DatabaseError(f"{cure} ({said})") from error

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import http.client
 import itertools
 import json
 import logging
@@ -12,7 +10,7 @@ import os
 import random
 import re
 import ssl
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timezone
 from decimal import Decimal
@@ -20,9 +18,9 @@ from threading import Event, Lock
 from time import monotonic
 from typing import Any, NamedTuple
 
-import certifi
-import requests
 import urllib3
+from requests.adapters import HTTPAdapter
+from requests.utils import DEFAULT_CA_BUNDLE_PATH, get_environ_proxies, select_proxy
 from urllib3 import exceptions as failures
 
 log = logging.getLogger(__name__)
@@ -33,9 +31,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """`limit`: calls a second that Iterable takes from a project. `items`: the list in a bulk body.
+    """`limit`: calls a second that Iterable allows a project. `items`: the key of the list in a bulk body.
 
-    `margin`: seconds more than one that a second's calls are spread over, since they take unequally long to arrive.
+    `margin`: a second's worth of calls is spread over 1 + `margin` seconds, for some take longer to arrive than others.
     """
 
     path: str
@@ -44,7 +42,7 @@ class Endpoint:
     items: str = ""
 
     def rate(self, users_update: float) -> float:
-        """Calls a second here, where users/update may have so many: the same share of the limit."""
+        """This endpoint's calls a second when users/update has so many: the same share of its limit."""
         return self.limit * users_update / USERS_UPDATE.limit
 
 
@@ -55,8 +53,7 @@ EVENTS_TRACK_BULK = Endpoint("events/trackBulk", 10, margin=0.05, items="events"
 MOST_ITEMS = 1000  # of a bulk body
 MOST_BYTES = 1_000_000  # of a bulk body: Iterable takes 4 MB of users, and does not say how much of events
 
-
-to_json = json.JSONEncoder(separators=(",", ":")).encode
+compact_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Payload(NamedTuple):
@@ -124,7 +121,7 @@ class CallResult:
 
     `status` is None when no answer came. `message` is Iterable's own text, or what happened on the way. `reason` says
     it in words a person can act on, without what is particular to this user, so that equal reasons can be counted.
-    `named` are the addresses that a bulk answer does not confirm.
+    `unconfirmed` are the addresses that a bulk answer does not confirm.
     """
 
     endpoint: str
@@ -136,7 +133,7 @@ class CallResult:
     body: str = ""
     attempts: int = 1
     retryable: bool = False
-    named: frozenset[str] = frozenset()
+    unconfirmed: frozenset[str] = frozenset()
 
     @property
     def as_json(self) -> dict[str, Any]:
@@ -175,15 +172,23 @@ KEY_REFUSED = (
     "ITERABLE_API_BASE_URL is that of its region: https://api.iterable.com (US) or https://api.eu.iterable.com (EU)"
 )
 IDENTITY = "another user of the project has this identity: merge the two in Iterable"
-ADVICE: dict[str | int, str] = {
+ADVICE: dict[str | int, str] = {  # by what Iterable says, else by the status
+    DISALLOWED: "tracking is switched off for this user or event: see the project's settings in Iterable",
     "InvalidEmailAddressError": "Iterable refuses the address as invalid: correct it in the customers table",
     "UniqueFieldsLimitExceeded": "the project has no room for new fields: delete unused ones in Iterable",
-    "ExternalKeyConflict": IDENTITY,
-    "EmailAlreadyExists": IDENTITY,
-    "UserIdAlreadyExists": IDENTITY,
-    401: KEY_REFUSED,
-    403: KEY_REFUSED,
+    **dict.fromkeys(("ExternalKeyConflict", "EmailAlreadyExists", "UserIdAlreadyExists"), IDENTITY),
+    **dict.fromkeys((401, 403), KEY_REFUSED),
+    **dict.fromkeys(range(300, 400), f"a redirect, which is never followed: {NOT_ITERABLE}"),
+    **dict.fromkeys(TRY_AGAIN, "Iterable is in trouble: run again later, and see https://status.iterable.com"),
     429: "the project's rate limit was used up: lower ITERABLE_RATE_LIMIT, or run when less else writes",
+}
+NO_ANSWER: dict[Any, str] = {  # what happened, by the error of urllib3: the first that fits
+    failures.ProxyError: "the proxy does not work ({}): check HTTPS_PROXY and ALL_PROXY",
+    failures.SSLError: f"no encrypted connection ({{}}): {CHECK_URL}; REQUESTS_CA_BUNDLE is for a company's own CA",
+    (failures.NameResolutionError, failures.LocationParseError): f"the host name is unknown (DNS): {CHECK_URL}",
+    failures.NewConnectionError: f"no connection ({{}}): {CHECK_URL}",
+    failures.TimeoutError: "no answer in time: Iterable is slow or out of reach; ITERABLE_TIMEOUT is the time it gets",
+    failures.HTTPError: f"the connection broke before the answer was whole: {CHECK_URL}",
 }
 
 
@@ -194,51 +199,43 @@ def interpret(endpoint: str, status: int, text: str) -> CallResult:
     if 200 <= status < 300 and code == "Success" and DISALLOWED not in message:
         return CallResult(endpoint, True, status, code, message)
     clash = code == "RequestFieldsTypesMismatched"
-    reason = type_clash(answer) if clash else reason_for(status, code, message)
+    advice = ADVICE.get(DISALLOWED if DISALLOWED in message else code) or ADVICE.get(status)
+    otherwise = (message or "Iterable does not say why") if code else NOT_ITERABLE
+    reason = type_clash(answer) if clash else advice or otherwise
     shown = json.dumps(answer, ensure_ascii=False) if "\\" in text and answer else text  # no secret in odd escapes
     body = " ".join(shown.split())
     retryable = status in TRY_AGAIN and not clash
     return CallResult(endpoint, False, status, code or None, message, reason, body, retryable=retryable)
 
 
-def interpret_bulk(endpoint: str, status: int, text: str, emails: Iterable[str]) -> CallResult:
-    """What a bulk answer means for a group of these addresses (contract 5).
+def interpret_bulk(endpoint: str, status: int, text: str, emails: Sequence[str]) -> CallResult:
+    """What a bulk answer means for a group of these addresses, all in lower case (contract 5).
 
-    It is a success when it adds up: then whoever is not `named` was told. Else it tells nothing about anybody.
+    It is a success when it adds up: then whoever is not `unconfirmed` was told. Else it tells nothing about anybody.
     """
     answer = parse(text)
     if not 200 <= status < 300 or "successCount" not in answer:
-        return replace(interpret(endpoint, status, text), ok=False)  # even where a single call's would be a success
-    group, nested = {email.lower() for email in emails}, answer.get("failedUpdates")
+        result = interpret(endpoint, status, text)  # which would take the Success of a single call for one
+        return replace(result, ok=False, reason=result.reason or "the answer does not add up")
+    nested = answer.get("failedUpdates")
     lists = [*answer.items(), *(nested.items() if isinstance(nested, dict) else ())]
-    # Those of conflicts name the user that was there, who may be another one of the group.
+    # The conflict lists name the user who was there first, who may be another one of the group.
     named_in = (each for key, each in lists if isinstance(each, list) and not key.startswith("conflict"))
     entries = itertools.chain.from_iterable(named_in)
-    named = frozenset(group.intersection(entry.lower() for entry in entries if isinstance(entry, str)))
+    unconfirmed = frozenset(emails).intersection(entry.lower() for entry in entries if isinstance(entry, str))
     counts = answer["successCount"], answer.get("failCount")
-    whole = all(type(count) is int for count in counts)  # True == 1 == 1.0
     refusal = answer.get("disallowedEventNames") or DISALLOWED in text or answer.get("code", "Success") != "Success"
-    adds_up = whole and counts == (len(group) - len(named), len(named)) and not refusal
-    return CallResult(endpoint, adds_up, status, reason="" if adds_up else "the answer does not add up", named=named)
+    whole = all(type(count) is int for count in counts)  # == would take true and 1.0 for 1
+    adds_up = whole and counts == (len(emails) - len(unconfirmed), len(unconfirmed)) and not refusal
+    reason = "" if adds_up else "the answer does not add up"
+    return CallResult(endpoint, adds_up, status, reason=reason, unconfirmed=unconfirmed)
 
 
 def parse(text: str) -> dict[str, Any]:
     with contextlib.suppress(ValueError, RecursionError):
-        answer = json.loads(text)
-        return answer if isinstance(answer, dict) else {}
+        if isinstance(answer := json.loads(text), dict):
+            return answer
     return {}
-
-
-def reason_for(status: int, code: str, message: str) -> str:
-    if advice := ADVICE.get(code) or ADVICE.get(status):
-        return advice
-    if DISALLOWED in message:
-        return "tracking is switched off for this user or event: see the project's settings in Iterable"
-    if 300 <= status < 400:
-        return f"a redirect, which is never followed: {NOT_ITERABLE}"
-    if status in TRY_AGAIN:
-        return "Iterable is in trouble: run again later, and see https://status.iterable.com"
-    return (message or "Iterable does not say why") if code else NOT_ITERABLE
 
 
 def type_clash(answer: dict[str, Any]) -> str:
@@ -251,28 +248,15 @@ def type_clash(answer: dict[str, Any]) -> str:
     return f"{'; '.join(sentences) or 'a field has another type'}: correct the column, or the field's type in Iterable"
 
 
-def describe_error(error: Exception) -> tuple[bool, str]:
-    """Whether a call that got no answer is worth another try, and what happened in plain words."""
-    cause = error.args[0] if isinstance(error, failures.SSLError) and error.args else error.__cause__
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        advice = f"{CHECK_URL}; a company's own authority goes into REQUESTS_CA_BUNDLE"
-        return False, f"the server's certificate is not trusted ({cause.verify_message}): {advice}"
-    if isinstance(error, failures.ProxyError):
-        return True, f"the proxy does not work: check HTTPS_PROXY and ALL_PROXY ({error.original_error})"
-    if isinstance(error, failures.SSLError):
-        return True, f"no encrypted connection ({getattr(cause, 'reason', error)}): {CHECK_URL}"
-    if isinstance(error, failures.NameResolutionError | failures.LocationParseError | UnicodeError):
-        return True, f"the host name is unknown (DNS): {CHECK_URL}"
-    if isinstance(error, failures.NewConnectionError) and getattr(cause, "errno", None) == errno.EMFILE:
-        return True, "too many open connections: lower MAX_WORKERS, or raise the limit of open files (ulimit -n)"
-    if isinstance(error, failures.NewConnectionError):
-        return True, f"no connection ({getattr(cause, 'strerror', None) or 'refused'}): {CHECK_URL}"
-    if isinstance(error, failures.TimeoutError):
-        return True, "no answer in time: Iterable is slow or out of reach; ITERABLE_TIMEOUT is the time it gets"
-    if isinstance(error, failures.HTTPError | http.client.HTTPException | OSError):
-        return True, f"the connection broke before the answer was whole: {CHECK_URL}"
-    log.error("Unexpected error", exc_info=error, extra={"file_only": True})
-    return False, f"an unexpected error ({type(error).__name__}): see the log file"
+def interpret_error(endpoint: str, error: Exception) -> CallResult:
+    """What an error means that came in place of an answer. One that nobody thought of is not worth another try."""
+    cause = getattr(error, "original_error", None) or error.__cause__ or next(iter(error.args), error)
+    detail = getattr(cause, "strerror", None) or cause
+    known = [words.format(detail) for kinds, words in NO_ANSWER.items() if isinstance(error, kinds)]
+    if not known:
+        log.error("Unexpected error", exc_info=error, extra={"file_only": True})
+    words = known[0] if known else f"an unexpected error ({type(error).__name__}): see the log file"
+    return CallResult(endpoint, False, message=words, reason=words, retryable=bool(known))
 
 
 # When a call is made
@@ -321,25 +305,20 @@ class RateLimiter:
         """Wait for a turn; False, at once, when `unless` is set. A stop cuts the pause after a 429 for everybody."""
         with self._turn:
             while not unless.is_set():
-                if (wait := self._take()) <= 0:
-                    return True
+                with self._lock:
+                    now = monotonic()
+                    wait = (self._next if self._stop.is_set() else max(self._next, self._open_at)) - now
+                    if wait <= 0:
+                        self._next = max(self._next, now - self.SLACK) + 1 / self._rate(now)
+                        return True
                 unless.wait(min(wait, self.LOOK))
         return False
-
-    def _take(self) -> float:
-        """Take a turn: 0 when it has come, else the seconds until one may come."""
-        with self._lock:
-            now = monotonic()
-            wait = (self._next if self._stop.is_set() else max(self._next, self._open_at)) - now
-            if wait <= 0:
-                self._next = max(self._next, now - self.SLACK) + 1 / self._rate(now)
-            return wait
 
     def _rate(self, now: float) -> float:
         return min(self._full, self._fallen_to + 0.01 * self._full * (now - self._fell_at))
 
     def throttled(self, sent_at: float, retry_after: float | None) -> None:
-        """A call that was sent then was answered 429. One that was on the wire before the last pause is no news."""
+        """A call that was sent at `sent_at` was answered 429. The rate falls only if that was after the last pause."""
         with self._lock:
             now, news = monotonic(), sent_at >= self._open_at
             pause = self.PAUSE * news if retry_after is None else retry_after
@@ -350,26 +329,24 @@ class RateLimiter:
 
 
 class IterableClient:
-    """The calls of one Iterable project, for many threads at once.
+    """The calls of one Iterable project, for many threads at once. A group of one goes to the single endpoint, a larger
+    one to the bulk endpoint; the caller need not know which.
 
     `rate` is that of users/update in calls a second; the other endpoints get the same share of their own limits.
-    `timeout` is in seconds, for a whole answer. `workers` is the number of threads, and so of connections. `stop` cuts
-    every wait: a call that has not begun is not made, and none is tried again. Raises OSError when the CA file or the
-    proxy of the environment is of no use.
-
-    A group of one goes to the single endpoint, a larger one to the bulk endpoint; the caller need not know which.
+    `timeout` is in seconds, for an answer to begin and again for its body. `workers` is the number of threads, and so
+    of connections. `stop` cuts every wait: a call that has not begun is not made, and none is tried again. Raises
+    OSError when the CA file or the proxy of the environment is of no use.
     """
 
     def __init__(
         self, base_url: str, api_key: str, rate: float, timeout: float, workers: int, retry: RetryPolicy, stop: Event
     ) -> None:
-        self._timeout, self._retry, self._stop = timeout, retry, stop
-        self._halted = Event()
+        self._timeout, self._retry = timeout, retry
+        self._stop, self._halted = stop, Event()
         endpoints = (USERS_UPDATE, EVENTS_TRACK, USERS_BULK_UPDATE, EVENTS_TRACK_BULK)
         self._limiters = {each: RateLimiter(each.rate(rate), each.margin, stop) for each in endpoints}
         self._headers = {"Api-Key": api_key, "Content-Type": "application/json", "User-Agent": "iterable-integration/2"}
         self.redact: Callable[[str], str] = lambda text: text.replace(api_key or "\0", "[secret]")
-        """Takes the secrets out of the texts of a result."""
         self._pool = connection_pool(base_url, workers)
         self._counting = Lock()
         self.calls = self.retries = 0  # requests made, and those of them that were not the first of their call
@@ -396,8 +373,8 @@ class IterableClient:
             return [self._call(single, group, unless) for _ in group]
         result = self._call(bulk, group, unless)
         if result and result.ok:
-            return [None if each.email in result.named else result for each in group]
-        if result and unless.is_set():  # nobody is sent singly any more, and may have been told
+            return [None if each.email in result.unconfirmed else result for each in group]
+        if result and unless.is_set():  # nobody is sent singly any more, and the group may have arrived
             return [result] * len(group)
         if result:
             words = "%s: %s; its %d users are sent singly"
@@ -409,7 +386,7 @@ class IterableClient:
         items = ",".join(payload.json for payload in group)
         body = (f'{{"{endpoint.items}":[{items}]}}' if endpoint.items else items).encode()
         limiter, result = self._limiters[endpoint], None
-        tries, throttled_since = 0, 0.0
+        tries, throttled_since = 0, 0.0  # a 429 is no try
         for attempt in itertools.count(1):
             if not limiter.acquire(unless if attempt == 1 else self._stop):
                 break
@@ -444,16 +421,12 @@ class IterableClient:
         options: dict[str, Any] = {"redirect": False, "retries": False, "timeout": timeout, "preload_content": False}
         try:
             response = self._pool.urlopen("POST", f"/api/{endpoint.path}", body=body, headers=self._headers, **options)
-            text = read(response, self._timeout, most=65_536 + 2000 * len(emails))
+            answer = endpoint.path, response.status, read(response, self._timeout, most=65_536 + 2000 * len(emails))
+            result = interpret_bulk(*answer, emails) if endpoint.items else interpret(*answer)
             retry_after = self._retry.retry_after(response.headers.get("Retry-After"))
-            if endpoint.items:
-                result = interpret_bulk(endpoint.path, response.status, text, emails)
-            else:
-                result = interpret(endpoint.path, response.status, text)
         except Exception as error:  # noqa: BLE001 - what nobody thought of costs this call, and not the run
-            (retryable, words), retry_after = describe_error(error), None
-            result = CallResult(endpoint.path, False, message=words, reason=words, retryable=retryable)
-        reason = result.reason.replace(emails[0] or "\0", "<email>")
+            result, retry_after = interpret_error(endpoint.path, error), None
+        reason = result.reason.replace(emails[0] or "\0", "<email>")  # so that equal reasons can be counted
         texts = (result.code or "", result.message, reason, result.body)
         code, message, reason, shown = (self.redact(text)[:LONGEST_TEXT] for text in texts)
         return replace(result, code=code or None, message=message, reason=reason, body=shown), retry_after
@@ -466,11 +439,11 @@ def read(response: urllib3.BaseHTTPResponse, timeout: float, most: int) -> str:
     """
     content, deadline = b"", monotonic() + timeout
     try:
-        while response.status >= 200 and len(content) < most and (more := response.read1(65_536)):
+        while len(content) < most and (more := response.read1(65_536)):
             content += more
             if monotonic() > deadline:
-                raise failures.TimeoutError
-    except (failures.HTTPError, http.client.HTTPException, OSError):
+                raise failures.TimeoutError  # of a refusal, what came is enough
+    except failures.HTTPError:
         if response.status < 300:
             raise
     finally:
@@ -479,27 +452,26 @@ def read(response: urllib3.BaseHTTPResponse, timeout: float, most: int) -> str:
 
 
 def connection_pool(base_url: str, workers: int) -> urllib3.HTTPConnectionPool:
-    """Connections to Iterable, by the proxy and with the CA file that requests finds in the environment.
+    """Connections to Iterable, by the proxy and with the CA file of the environment, as requests would find them.
 
-    Requests itself would look for them at every call. To ask urllib3 directly takes a third of its CPU time.
+    It would look for them at every call. To ask urllib3 directly takes a third of its CPU time.
     """
-    environment = requests.Session().merge_environment_settings(base_url, {}, None, None, None)
-    authorities = certifi.where() if environment["verify"] is True else str(environment["verify"])
+    authorities = os.getenv("REQUESTS_CA_BUNDLE") or os.getenv("CURL_CA_BUNDLE") or DEFAULT_CA_BUNDLE_PATH
     place: dict[str, Any] = {"capath" if os.path.isdir(authorities) else "cafile": authorities}
     try:
         context = ssl.create_default_context(**place)
     except OSError as error:
         raise OSError(f"The CA file {authorities} (REQUESTS_CA_BUNDLE) cannot be read: {error}") from error
-    proxy = requests.utils.select_proxy(base_url, environment["proxies"])
+    proxy = select_proxy(base_url, get_environ_proxies(base_url))
     if not proxy or base_url.startswith("http:"):  # plain http is for this machine, and would show a proxy the key
         return urllib3.PoolManager(ssl_context=context, maxsize=workers).connection_from_url(base_url)
     try:
         if not re.fullmatch(r"(https?://)?([^@/?#]*@)?[^@/?#]+/?", proxy):
             raise ValueError
-        adapter, url = requests.adapters.HTTPAdapter(pool_maxsize=workers), "http://" * ("://" not in proxy) + proxy
-        manager = adapter.proxy_manager_for(url, ssl_context=context, proxy_ssl_context=context)
-        pool: urllib3.HTTPConnectionPool = manager.connection_from_url(base_url)
+        url = proxy if "://" in proxy else f"http://{proxy}"
+        adapter = HTTPAdapter(pool_maxsize=workers)
+        manager: urllib3.PoolManager = adapter.proxy_manager_for(url, ssl_context=context, proxy_ssl_context=context)
+        return manager.connection_from_url(base_url)
     except ValueError:
         form = "http://user:password@host:port, with / ? # @ in the password as %2F %3F %23 %40"
         raise OSError(f"HTTPS_PROXY or ALL_PROXY is of no use: it must be like {form}") from None
-    return pool

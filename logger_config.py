@@ -5,11 +5,13 @@ from __future__ import annotations
 import codecs
 import contextlib
 import fcntl
+import functools
 import itertools
 import json
 import logging
 import logging.handlers
 import os
+import re
 import stat
 import sys
 import time
@@ -19,9 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus
 
-PRIVATE = 0o600
-FILE_ONLY = {"file_only": True}
-"""The `extra` of a log record that is for the log file and not for the console."""
+FILE_ONLY = {"file_only": True}  # the `extra` of a log record that is not for the console
 
 log = logging.getLogger(__name__)
 
@@ -35,19 +35,13 @@ def redactor(*secrets: str) -> Callable[[str], str]:
     Secrets of fewer than 4 characters are left: they stand inside ordinary words, and the gaps would spell them out.
     """
     forms: set[str] = set()
-    for secret in secrets:
+    for secret in (each for each in secrets if len(each) >= 4):
         in_json = [json.dumps(secret, ensure_ascii=only_ascii)[1:-1] for only_ascii in (True, False)]
         in_json += [text.replace("/", "\\/") for text in in_json]
-        in_url = (quote(secret, safe, errors="replace") for safe in ("", "/"))
-        forms |= {secret, *in_json, *in_url, quote_plus(secret, errors="replace")} if len(secret) >= 4 else set()
+        forms |= {secret, *in_json, quote(secret), quote(secret, safe=""), quote_plus(secret)}
     longest_first = sorted(forms, key=len, reverse=True)
-
-    def redact(text: str) -> str:
-        for form in longest_first:
-            text = text.replace(form, "[secret]")
-        return text
-
-    return redact
+    pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # which is found nowhere
+    return functools.partial(pattern.sub, "[secret]")
 
 
 def setup_logger(
@@ -85,11 +79,8 @@ def setup_logger(
 class _Formatter(logging.Formatter):
     """One line a record: no secret, and no control character by which a row or reply could forge lines."""
 
-    default_time_format = "%Y-%m-%dT%H:%M:%S%z"
-    default_msec_format = None
-
     def __init__(self, layout: str, redact: Callable[[str], str]) -> None:
-        super().__init__(layout)
+        super().__init__(layout, "%Y-%m-%dT%H:%M:%S%z")
         self._redact = redact
 
     def formatMessage(self, record: logging.LogRecord) -> str:
@@ -126,22 +117,19 @@ class _Console(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 
 class _PrivateLogFile(logging.handlers.RotatingFileHandler):
     """A rotating log with mode 0600. When it cannot be written, the console says so, once, and the run goes on."""
 
-    _failed = False
-
     def _open(self) -> Any:
         return open(self.baseFilename, "a", encoding="utf-8", errors="backslashreplace", opener=_open_private)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        self.maxBytes = 0  # where it cannot be renamed, one file that grows rather than lines that are lost
-        if not self._failed:
-            self._failed = True
+        if self.maxBytes:
+            self.maxBytes = 0  # where it cannot be renamed, one file that grows rather than lines that are lost
             log.error("The log file %s cannot be written: %s", self.baseFilename, sys.exc_info()[1])
 
 
 def _open_private(name: str, flags: int) -> int:
-    descriptor = os.open(name, flags, PRIVATE)
+    descriptor = os.open(name, flags, 0o600)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):  # and not /dev/null
-        os.fchmod(descriptor, PRIVATE)
+        os.fchmod(descriptor, 0o600)
     return descriptor
 
 
@@ -168,13 +156,12 @@ def lock_folder(folder: Path) -> Iterator[None]:
             raise AlreadyRunning(f"Another run holds {folder}: {lock.read() or 'just begun'}") from None
         with contextlib.suppress(OSError):  # on a full disk it holds as well, without these words
             lock.truncate(0)
-            words = f"process {os.getpid()}, since {datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}"
-            os.write(lock.fileno(), words.encode())
+            os.write(lock.fileno(), f"process {os.getpid()}, since {datetime.now().astimezone():%F %T %z}".encode())
         yield
 
 
 to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode  # str for a value of a row that is no text
-from_json = json.JSONDecoder().raw_decode
+from_json = json.JSONDecoder().raw_decode  # json.loads takes a third longer
 
 
 class ResultsFile:
@@ -185,12 +172,11 @@ class ResultsFile:
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any], started: datetime) -> None:
-        number = 1 + max((int(head.get("number", 0)) for head, _ in _earlier_runs(folder)), default=0)
+        number = 1 + max((number for number, *_ in _earlier_runs(folder)), default=0)
         run = {"number": number, "started_at": started.isoformat(timespec="seconds"), **run}
         while any(folder.glob(f"integration_results_{started:%Y%m%d_%H%M%S}.json*")):
             started += timedelta(seconds=1)
-        self._whole = folder / f"integration_results_{started:%Y%m%d_%H%M%S}.json"
-        self.path = self._whole.with_suffix(".json.partial")
+        self.path = folder / f"integration_results_{started:%Y%m%d_%H%M%S}.json.partial"
         self._separator, self._synced = "", time.monotonic()
         self._failure: OSError | None = None
         try:
@@ -209,7 +195,7 @@ class ResultsFile:
         self._write(f'\n],\n"summary": {to_json(summary)}\n}}\n')
         os.fsync(self._file.fileno())
         self._file.close()
-        self.path = self.path.rename(self._whole)
+        self.path = self.path.rename(self.path.with_suffix(""))
 
     def _write(self, text: str, *, at_once: bool = True) -> None:
         if self._failure:
@@ -239,34 +225,28 @@ def verdict(line: Mapping[str, Any]) -> str | None:
     if not line["status"].endswith("failure"):
         return None
     calls = [line[name] for name in ("users_update", "events_track") if line[name] and not line[name]["ok"]]
-    # What a server in trouble says may be another thing each time.
-    says = [call["message"] if (call["status"] or 0) < 500 else "" for call in calls]
-    reasons = [[call["endpoint"], call["status"], call["code"], said] for call, said in zip(calls, says, strict=True)]
+    reasons = [[call[key] for key in ("endpoint", "status", "code", "message")] for call in calls]
     return to_json([fingerprint, line.get("problem"), reasons])
 
 
 def read_memory(folder: Path) -> dict[str, str]:
-    """The last verdict on each user id. What cannot be read is skipped with a warning: its users are sent again.
+    """The last verdict on each user id. What is damaged is skipped with a warning: its users are sent again.
 
     Dry runs told nobody. A user who was not attempted keeps the verdict there was, unless a bulk call may have told
-    something newer, which the fingerprint then shows.
+    something newer, which the fingerprint then shows. Raises OSError for a file that can be read in part only.
     """
     memory: dict[str, str] = {}
-    for head, path in _earlier_runs(folder, complain=True):
-        if head["mode"] != "send":
+    for _, _, path, mode in _earlier_runs(folder, complain=True):
+        if mode != "send":
             continue
-        damaged, torn, whole = 0, False, False
-        try:
-            with path.open(encoding="utf-8", errors="surrogateescape") as lines:
-                for text in itertools.islice(lines, 3, None):
-                    if whole := text == "],\n":
-                        break
-                    torn = not (text.isspace() or _remember(text, memory, told=path.suffix == ".json"))
-                    damaged += torn
-        except OSError as error:
-            log.warning("%s is not used as memory: %s", path, error)
-        if not whole:  # a run that was killed leaves its last line torn
-            damaged += -torn if path.suffix == ".partial" else 1
+        killed, whole, damaged = path.suffix == ".partial", False, 0
+        with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+            for text in itertools.islice(lines, 3, None):
+                if whole := text == "],\n":
+                    break
+                torn = killed and not text.endswith("\n")  # at most: it may be whole, too
+                damaged += not (text.isspace() or _remember(text, memory, told=not killed) or torn)
+        damaged += not (whole or killed)
         if damaged:
             log.warning("%s is used as memory in part: %d line(s) are damaged or missing", path, damaged)
     return memory
@@ -288,19 +268,18 @@ def _remember(text: str, memory: dict[str, str], *, told: bool) -> bool:
     return True
 
 
-def _earlier_runs(folder: Path, *, complain: bool = False) -> list[tuple[dict[str, Any], Path]]:
-    """Head and path of each results file, in the order of the runs' numbers: a copy changes every time stamp."""
+def _earlier_runs(folder: Path, *, complain: bool = False) -> list[tuple[int, float, Path, str]]:
+    """Number, start, path and mode of each results file, in the order of the runs: a copy changes every time stamp."""
     runs = []
-    for path in sorted(
-        [*folder.glob("integration_results_*.json"), *folder.glob("integration_results_*.json.partial")]
-    ):
+    paths = [*folder.glob("integration_results_*.json"), *folder.glob("integration_results_*.json.partial")]
+    for path in sorted(paths):
         try:
             with path.open(encoding="utf-8", errors="replace") as lines:
                 lines.readline()
                 run = json.loads("{" + lines.readline().rstrip(",\n") + "}")["run"]
-            order = int(run.get("number", 0)), datetime.fromisoformat(run["started_at"]).timestamp(), str(run["mode"])
-            runs.append((order, run, path))
+            started = datetime.fromisoformat(run["started_at"]).timestamp()
+            runs.append((int(run.get("number", 0)), started, path, str(run["mode"])))
         except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if complain and path.suffix != ".partial":  # that may be of a run that was killed at once
                 log.warning("%s is not a results file of this program, and not used: %s", path, error)
-    return [(run, path) for _, run, path in sorted(runs, key=lambda each: each[0])]
+    return sorted(runs)

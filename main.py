@@ -33,8 +33,8 @@ from typing import Any, NamedTuple
 try:
     from dotenv.parser import parse_stream
 
-    import iterable_client as iterable
-    import logger_config as trace
+    import iterable_client as api
+    import logger_config
     from db_connection import DatabaseConnection, DatabaseError, Record, read_query
     from iterable_client import CallResult, IterableClient, Payload
     from logger_config import FILE_ONLY, AlreadyRunning, ResultsFile, lock_folder, read_memory, redactor, setup_logger
@@ -45,18 +45,24 @@ except ModuleNotFoundError as missing:
 
 HERE = Path(__file__).resolve().parent
 QUERIES = HERE / "phase2_queries.sql"
-SUCCESS, NOT_ALL, BAD_SETTINGS, DATABASE_FAILED, GIVEN_UP, LOCKED = 0, 1, 2, 3, 4, 75  # exit codes (contract 3)
+SUCCESS, NOT_ALL, BAD_SETTINGS, BAD_DATABASE, GIVEN_UP, LOCKED = 0, 1, 2, 3, 4, 75  # exit codes (contract 3)
 UNUSABLE_IN_A_ROW = 20  # users without a usable answer, after which the run is given up
-ROOM, ROOM_OF_A_THREAD = 128_000_000, 80_000_000  # bytes of addresses: libraries crash where none are left
-OWN_MEMORY = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+ROOM = 200_000_000  # bytes of addresses to be free for a new thread: it hangs or crashes where there are none
 MOST_IN_FLIGHT = 10_000  # users of a run in bulk: more would only wait for their turn, and take room
 MANY, LARGE = 100, 5000  # users, above which the console shows progress, and above which --bulk is recommended
+NOTHING = Payload("", "")  # of a user who is not to be sent
 SHOWN_FAILURES, SHOWN_REASONS, SHOWN_PAYLOADS = 20, 10, 3
 
 log = logging.getLogger(__name__)
 
 
 # Settings
+
+
+SET_THEM = (
+    "Set them in {} (cp .env.example .env, then fill it in) or in the environment. "
+    "To see a run without any: bash tests/demo.sh"
+)
 
 
 class SettingsError(Exception):
@@ -91,13 +97,15 @@ def load_environment_variables(
     complaints: list[str] = []
     values = {**read_env_file(env_file, complaints), **environ}
     read_secret("DB_PASSWORD", values, complaints)
-    read_secret("ITERABLE_API_KEY", values, complaints if needs_key else [])
+    read_secret("ITERABLE_API_KEY", values, complaints if needs_key else [])  # which a dry run does without
 
     def get(name: str, default: str | None = None, parse: Callable[[str], Any] = str, *, blank: bool = False) -> Any:
         text = values.get(name) if blank else (values.get(name) or "").strip() or default
         try:
-            if text is None or re.search("[\0\ud800-\udfff]", text):
-                raise ValueError("is not text" if text else "is empty" if name in values else "is missing")
+            if text is None:
+                raise ValueError("is empty" if name in values else "is missing")
+            if re.search("[\0\ud800-\udfff]", text):
+                raise ValueError("is not text")
             return parse(text)
         except ValueError as complaint:
             complaints.append(f"{name} {complaint}")
@@ -120,9 +128,7 @@ def load_environment_variables(
         results_dir=get("RESULTS_DIR", ".", HERE.joinpath),
     )
     if complaints:
-        advice = f"Set them in {env_file} (cp .env.example .env, then fill it in) or in the environment"
-        said = "; ".join(complaints)
-        raise SettingsError(f"Settings: {said}. {advice}. To see a run without any: bash tests/demo.sh")
+        raise SettingsError(f"Settings: {'; '.join(complaints)}. {SET_THEM.format(env_file)}")
     return settings
 
 
@@ -150,20 +156,19 @@ def read_secret(name: str, values: dict[str, str | None], complaints: list[str])
             values[name] = re.sub(r"\r?\n\Z", "", HERE.joinpath(file).read_bytes().decode())
         except (OSError, ValueError) as error:
             complaints.append(f"{name}_FILE cannot be read ({getattr(error, 'strerror', None) or 'it is not text'})")
-            values[name] = "-"
+            values[name] = "-"  # or it would be called missing as well
 
 
-def matching(pattern: str, complaint: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(complaint)
-        return text
-
-    return parse
+def api_key(text: str) -> str:
+    if not re.fullmatch("[!-~]*", text):
+        raise ValueError("has a character that no key has: copy it again")
+    return text
 
 
-api_key = matching("[!-~]*", "has a character that no key has: copy it again")
-level = matching("DEBUG|INFO|WARNING|ERROR", "must be DEBUG, INFO, WARNING or ERROR")
+def level(text: str) -> str:
+    if text not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise ValueError("must be DEBUG, INFO, WARNING or ERROR")
+    return text
 
 
 def number(low: float, high: float, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
@@ -211,14 +216,11 @@ class Reason(NamedTuple):
         return " ".join(map(str, filter(None, (self.endpoint, self.status or "no answer", self.code))))
 
 
-NOTHING = Payload("", "")
-
-
 @dataclass(slots=True)
 class Delivery:
     """One user of this run: what is to be sent, then what became of it. A call that was not made is None."""
 
-    record: int
+    record: int  # its number, from 1
     user_id: int | str | None
     email: str | None
     event_id: str | None = None
@@ -245,10 +247,6 @@ class Delivery:
         return ("total_failure", "partial_failure", "success")[sum(call.ok for call in self.calls)]
 
     @property
-    def to_send(self) -> bool:
-        return not self.problem and self.without_calls == "not_attempted"
-
-    @property
     def reasons(self) -> list[Reason]:
         """Why the user failed, one for each call that did."""
         if self.problem:
@@ -270,15 +268,15 @@ def prepare(number: int, record: Record, settings: Settings, seen: dict[str, Any
     """
     delivery = Delivery(number, record.user_id, record.email)
     try:
-        user, event = iterable.user_payload(record), iterable.event_payload(record)
-    except iterable.UnusableRow as problem:
+        user, event = api.user_payload(record), api.event_payload(record)
+    except api.UnusableRow as problem:
         delivery.problem = str(problem)
         return delivery
     email, event_id = delivery.email, delivery.event_id = user["email"], event["id"]
-    delivery.user, delivery.event = Payload(email, iterable.to_json(user)), Payload(email, iterable.to_json(event))
+    delivery.user, delivery.event = Payload(email, api.compact_json(user)), Payload(email, api.compact_json(event))
     project = f"{settings.iterable_api_base_url} {settings.iterable_api_key}"
-    told = f"{delivery.user.json} {delivery.event.json} {project}"
-    delivery.fingerprint = hashlib.sha256(told.encode()).hexdigest()
+    hashed = f"{delivery.user.json} {delivery.event.json} {project}"
+    delivery.fingerprint = hashlib.sha256(hashed.encode()).hexdigest()
     if email in seen:
         delivery.problem = f"customer {seen[email]} has the same address: merge the two"
     elif event_id in seen:
@@ -295,7 +293,7 @@ class Stop(threading.Event):
     """Set when no new user may start. The first reason for it is how the run ends, in the words of contract 7."""
 
     outcome, exit_code, why = "completed", SUCCESS, ""
-    sending = False  # before, a signal simply ends the process
+    sending = False  # while it is False, a signal ends the process at once
 
     def ask(self, outcome: str, exit_code: int, why: str) -> None:
         if not self.why:
@@ -314,29 +312,21 @@ class Stop(threading.Event):
 def listen_for_signals() -> Stop:
     """The first SIGINT, SIGTERM or SIGHUP asks for a stop, a second one ends the process at once.
 
-    A thread waits for them: no line of the program is interrupted, and none that blocks in C delays them. For the
-    second it needs no further thread, and no console that takes its words.
+    A thread waits for them: no line of the program is interrupted, and none that blocks in C delays them.
     """
     stop = Stop()
     every = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
     signals = {one for one in every if signal.getsignal(one) != signal.SIG_IGN}  # nohup's and a script's stay ignored
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # threads that start later inherit it
-    if signal.SIGINT in signals:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # and not Python's, which waits for the main thread
 
     def listen() -> None:
-        first = signal.Signals(signal.sigwait(signals))
-        if not stop.sending:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)  # a second one ends what a console may block
-            log.warning("Stopped by %s before the first user: nothing was sent", first.name, extra=FILE_ONLY)
-            os._exit(128 + first)
-        stop.ask("interrupted", 128 + first, f"Stopped by {first.name}")
-        os._exit(128 + signal.sigwait(signals))
+        received = signal.sigwait(signals)
+        if stop.sending:
+            stop.ask("interrupted", 128 + received, f"Stopped by {signal.Signals(received).name}")
+            received = signal.sigwait(signals)
+        os._exit(128 + received)  # without a word: the console may block, or the log
 
-    try:
-        threading.Thread(target=listen, daemon=True).start()
-    except RuntimeError as error:
-        raise MemoryError("no thread can be started: raise ulimit -u or -v") from error
+    threading.Thread(target=listen, daemon=True).start()
     return stop
 
 
@@ -352,15 +342,12 @@ def send(group: list[Delivery], client: IterableClient) -> list[Delivery]:
 
 
 def in_groups(deliveries: Iterable[Delivery], most: int) -> Iterator[list[Delivery]]:
-    """Groups of at most `most` users and 1 MB of payloads. Who is not to be sent makes a group alone."""
+    """Groups of at most `most` users and 1 MB of payloads."""
     group: list[Delivery] = []
     size = 0
     for delivery in deliveries:
-        if not delivery.to_send:
-            yield [delivery]
-            continue
         length = len(delivery.user.json) + len(delivery.event.json) + 2
-        if group and (len(group) == most or size + length > iterable.MOST_BYTES):
+        if group and (len(group) == most or size + length > api.MOST_BYTES):
             yield group
             group, size = [], 0
         group.append(delivery)
@@ -369,85 +356,63 @@ def in_groups(deliveries: Iterable[Delivery], most: int) -> Iterator[list[Delive
         yield group
 
 
-def deliver(records: deque[Record], client: IterableClient, settings: Settings, report: Report) -> None:
-    """Send all that is to be sent, record each user when it is done, and give up when going on is of no use.
+def prepared(records: deque[Record], settings: Settings, report: Report) -> Iterator[Delivery]:
+    """The deliveries to be sent, until a stop; the others are put on record. Uses up the records."""
+    seen: dict[str, Any] = {}  # addresses and event ids: only an address has an @
+    while records and not report.stop.is_set():
+        delivery = prepare(report.total - len(records) + 1, records[0], settings, seen)
+        if delivery.fingerprint and report.memory.get(str(delivery.user_id)) == delivery.fingerprint:
+            delivery.without_calls = "unchanged"
+        elif report.options.dry_run:
+            delivery.without_calls = "would_send"
+        report.open[delivery.record] = delivery
+        records.popleft()
+        if delivery.status == "not_attempted":
+            yield delivery
+        else:
+            report.record(delivery)
 
-    Whatever goes wrong on the way, who was told is on record in the end, and the rest is not attempted.
-    """
-    stop, workers = report.stop, min(settings.max_workers, max(report.total, 1))
+
+def deliver(records: deque[Record], client: IterableClient, settings: Settings, report: Report) -> None:
+    """Send and record everybody, or give up when that is of no use: the rest is then recorded as not attempted."""
+    stop, workers = report.stop, settings.max_workers
+    size, most = (api.MOST_ITEMS, MOST_IN_FLIGHT) if report.options.bulk else (1, 2 * workers)
+    done: queue.SimpleQueue[Future[list[Delivery]]] = queue.SimpleQueue()
+
+    def begin(group: list[Delivery]) -> None:
+        """Hand the group to a thread. Raises OSError where there is no room for one."""
+        mmap.mmap(-1, ROOM, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+        threads.submit(send, group, client).add_done_callback(done.put)
+
+    def collect(limit: int) -> None:
+        """Record who is done, until fewer than `limit` users are open. Who has no verdict of a group is sent alone."""
+        while len(report.open) >= limit or not done.empty():
+            report.progress()
+            with contextlib.suppress(queue.Empty):
+                group = done.get(timeout=0.1).result()
+                for each in group:
+                    if each.events_track or len(group) == 1:
+                        report.record(each)
+                    else:
+                        begin([each])
+            if report.unusable_in_a_row >= UNUSABLE_IN_A_ROW and not stop.is_set():
+                client.halt()
+                stop.ask("aborted", GIVEN_UP, f"{UNUSABLE_IN_A_ROW} users in a row got no usable answer")
+            if client.refused:
+                stop.ask("aborted", GIVEN_UP, client.refused.reason)
+
     with ThreadPoolExecutor(workers) as threads:
         try:
-            room = ROOM + workers * ROOM_OF_A_THREAD
-            mmap.mmap(-1, room, OWN_MEMORY, mmap.PROT_READ).close()
-            size, most = (iterable.MOST_ITEMS, MOST_IN_FLIGHT) if report.options.bulk else (1, 2 * workers)
-            groups = in_groups(prepared(records, settings, report), size)
-            for delivery in delivered(groups, most, client, threads, report):
-                report.progress()
-                if delivery:
-                    report.record(delivery)
-                if report.unusable_in_a_row >= UNUSABLE_IN_A_ROW and not stop.is_set():
-                    client.halt()
-                    stop.ask("aborted", GIVEN_UP, f"{UNUSABLE_IN_A_ROW} users in a row got no usable answer")
-                if client.refused:
-                    stop.ask("aborted", GIVEN_UP, client.refused.reason)
+            for group in in_groups(prepared(records, settings, report), size):
+                begin(group)
+                collect(most)
+            collect(1)
         except Exception as error:  # noqa: BLE001 - of whatever kind it is
             stop.crash(error)
-    for delivery in [*report.open.values(), *prepared(records, settings, report)]:
+    for delivery in list(report.open.values()):
         report.record(delivery)
-
-
-def delivered(
-    groups: Iterator[list[Delivery]], most: int, client: IterableClient, threads: ThreadPoolExecutor, report: Report
-) -> Iterator[Delivery | None]:
-    """Send the groups, and yield each user when it is done; None when none was for a while.
-
-    `most` users are open at once: more than a group has, for the next one is collected meanwhile. Who
-    has no verdict after a bulk call comes back as a group of one. Who has the update gets the event after a stop.
-    """
-    done: queue.SimpleQueue[Future[list[Delivery]]] = queue.SimpleQueue()
-    singly: deque[list[Delivery]] = deque()
-    more = True
-    while more or report.open:
-        group = None
-        if singly:
-            group = singly.popleft()
-        elif len(report.open) < most:
-            group = next(groups, None)
-            more = group is not None
-        if group and group[0].to_send and (group[0].users_update or not report.stop.is_set()):
-            mmap.mmap(-1, ROOM_OF_A_THREAD, OWN_MEMORY).close()  # submit() would hang with a thread that dies at birth
-            threads.submit(send, group, client).add_done_callback(done.put)
-        else:
-            yield from group or ()
-        if report.open and not (group and done.empty()):  # else there may be another group to begin with
-            finished = []
-            with contextlib.suppress(queue.Empty):
-                finished = done.get(timeout=0.1).result()
-            for delivery in finished:
-                if delivery.events_track or len(finished) == 1:
-                    yield delivery
-                else:
-                    singly.append([delivery])
-            if not finished:
-                yield None
-
-
-def prepared(records: deque[Record], settings: Settings, report: Report) -> Iterator[Delivery]:
-    """A delivery for each record. Uses up the records; what is left at a stop is not prepared."""
-    seen: dict[str, Any] = {}
-    while records:
-        number, record = report.total - len(records) + 1, records[0]
-        if report.stop.is_set():
-            delivery = Delivery(number, record.user_id, record.email)
-        else:
-            delivery = prepare(number, record, settings, seen)
-            if delivery.fingerprint and report.memory.get(str(delivery.user_id)) == delivery.fingerprint:
-                delivery.without_calls = "unchanged"
-            elif report.options.dry_run:
-                delivery.without_calls = "would_send"
-        report.open[number] = delivery
-        records.popleft()
-        yield delivery
+    for number, record in enumerate(records, report.total - len(records) + 1):
+        report.record(Delivery(number, record.user_id, record.email))
 
 
 # Reporting
@@ -480,7 +445,7 @@ class Report:
         self.total, self.options, self.memory, self.results, self.stop = total, options, memory, results, stop
         self.open: dict[int, Delivery] = {}  # not yet on record
         self.counts: Counter[str] = Counter()  # by status
-        self.failures = self.unusable_in_a_row = self._told = self._shown_failures = 0
+        self.failures = self.unusable_in_a_row = self._last_told = self._new_failures = 0
         self._news, self._hidden = Counter[Reason](), Counter[Reason]()  # each with the number of users
         self._untold: dict[int, Delivery] = {}
         self._began = self._last_progress = time.monotonic()
@@ -488,7 +453,7 @@ class Report:
     def record(self, delivery: Delivery) -> None:
         """Put a user on record who is done, and tell whose turn it is."""
         line = delivery.as_line()
-        status, text = line["status"], trace.to_json(line)
+        status, text = line["status"], logger_config.to_json(line)
         if status == "would_send":
             payloads = f'{{"users_update": {delivery.user.json}, "events_track": {delivery.event.json}}}'
             text = f'{text[:-1]}, "payloads": {payloads}}}'
@@ -497,45 +462,47 @@ class Report:
                 self.results.add(text, at_once=bool(delivery.calls))
         except OSError as error:
             self.stop.ask("aborted", NOT_ALL, str(error))
-        del self.open[delivery.record]
+        self.open.pop(delivery.record, None)
         self.counts[status] += 1
         if delivery.calls:
             self.unusable_in_a_row = 0 if any(call.usable for call in delivery.calls) else self.unusable_in_a_row + 1
         if status.endswith("failure"):
             self.failures += 1
-            delivery.hidden = self.options.quiet and self.memory.get(str(delivery.user_id)) == trace.verdict(line)
-            once = {reason.message: reason for reason in reversed(delivery.reasons)}  # both calls may fail for it
+            known = self.memory.get(str(delivery.user_id)) == logger_config.verdict(line)
+            delivery.hidden = self.options.quiet and known
+            once = {reason.message: reason for reason in reversed(delivery.reasons)}  # of both calls, the first
             (self._hidden if delivery.hidden else self._news).update(once.values())
         self._untold[delivery.record] = delivery
-        while ready := self._untold.pop(self._told + 1, None):
-            self._told += 1
+        while ready := self._untold.pop(self._last_told + 1, None):
+            self._last_told += 1
             self._tell(ready)
+        self.progress()
 
     def _tell(self, delivery: Delivery) -> None:
         """Above 100 users the console has progress and the first failures, and the log one line a success."""
         many, status = self.total > MANY, delivery.status
         failed = status.endswith("failure")
+        level = logging.ERROR if failed else logging.INFO
         if status == "would_send" and self.counts[status] <= SHOWN_PAYLOADS:
-            log.info("users/update %s", trace.to_json(json.loads(delivery.user.json)))
-            log.info("events/track %s", trace.to_json(json.loads(delivery.event.json)))
+            log.info("users/update %s", logger_config.to_json(json.loads(delivery.user.json)))
+            log.info("events/track %s", logger_config.to_json(json.loads(delivery.event.json)))
         if status not in TOLD:
             return
         who = str(delivery.email or "").strip()[:320] or f"customer {delivery.user_id}"
         place = f"record {delivery.record}/{self.total}"
-        self._shown_failures += failed and not delivery.hidden
-        hidden = delivery.hidden or (many and (not failed or self._shown_failures > SHOWN_FAILURES))
+        self._new_failures += failed and not delivery.hidden
+        hidden = delivery.hidden or (many and (not failed or self._new_failures > SHOWN_FAILURES))
         extra = FILE_ONLY if hidden else {}
         if not many:
             log.info("", extra=extra)
             log.info("Processing record %d/%d", delivery.record, self.total, extra=extra)
         for call in () if many and status == "success" else delivery.calls:
-            level = logging.ERROR if failed and not call.ok else logging.INFO
-            log.log(level, "%s (%s, %s)", call.headline, place, who, extra=FILE_ONLY)
+            log.log(logging.INFO if call.ok else level, "%s (%s, %s)", call.headline, place, who, extra=FILE_ONLY)
             if not call.ok:
                 log.log(level, "Response: %s", call.body or call.message, extra=FILE_ONLY)
         where = f" ({place})" if many else ""
         why = f": {', '.join(reason.short for reason in delivery.reasons)}" if failed else ""
-        log.log(logging.ERROR if failed else logging.INFO, "%s: %s%s%s", TOLD[status], who, where, why, extra=extra)
+        log.log(level, "%s: %s%s%s", TOLD[status], who, where, why, extra=extra)
 
     def progress(self) -> None:
         """A line every 2 seconds in a long run."""
@@ -549,24 +516,15 @@ class Report:
             log.info(text, done, self.total, 100 * done // self.total, speed, left, self.failures)
 
     def finish(self, client: IterableClient) -> int:
-        """Complete the results file and tell the summary; returns the exit code."""
-        summary = self._summary(client)
-        try:
-            self.results.finish(summary)
-        except OSError as error:
-            self.stop.ask("aborted", NOT_ALL, str(error))
-            summary = self._summary(client)
-        self._tell_summary(summary)
-        return int(summary["exit_code"])
-
-    def _summary(self, client: IterableClient) -> dict[str, Any]:
-        """The summary of contract 7. In a dry run nobody is attempted."""
+        """Complete the results file and tell the summary (contract 6 and 7); returns the exit code."""
         counts, seconds = self.counts, round(time.monotonic() - self._began, 3)
         done = counts["success"] + self.failures + counts["forgotten"]
+        speed = round(done / seconds, 1) if seconds else 0.0
+        exit_code = NOT_ALL if self.failures else SUCCESS
         reasons = (self._news + self._hidden).most_common()
-        return {
+        summary = {
             "outcome": self.stop.outcome,
-            "exit_code": self.stop.exit_code or (NOT_ALL if self.failures else SUCCESS),
+            "exit_code": self.stop.exit_code or exit_code,
             "total_users": self.total,
             "success": counts["success"],
             "partial_failures": counts["partial_failure"],
@@ -577,12 +535,18 @@ class Report:
             "calls": client.calls,
             "retries": client.retries,
             "duration_seconds": seconds,
-            "users_per_second": round(done / seconds, 1) if seconds else 0.0,
+            "users_per_second": speed,
             "failure_reasons": [{**reason._asdict(), "count": count} for reason, count in reasons],
         }
+        try:
+            self.results.finish(summary)
+        except OSError as error:
+            self.stop.ask("aborted", NOT_ALL, str(error))
+        self._tell_summary(seconds, speed)
+        return self.stop.exit_code or exit_code
 
-    def _tell_summary(self, summary: Mapping[str, Any]) -> None:
-        """The summary of contract 6; under --quiet only when something is wrong that no earlier run has told."""
+    def _tell_summary(self, seconds: float, speed: float) -> None:
+        """Under --quiet only when something is wrong that no earlier run has told."""
         if why := self.stop.why:
             log.info("")
             log.error("The run ended early: %s", why)
@@ -590,10 +554,9 @@ class Report:
         tell("")
         tell("INTEGRATION SUMMARY")
         tell("Total users processed: %d", self.total)
-        for status, words in (COUNTED_IN_DRY_RUN if self.options.dry_run else COUNTED).items():
-            tell("%s: %d", words, self.counts[status])
-        for status, words in COUNTED_IF_ANY.items():
-            if self.counts[status]:
+        always = COUNTED_IN_DRY_RUN if self.options.dry_run else COUNTED
+        for status, words in {**always, **COUNTED_IF_ANY}.items():
+            if status in always or self.counts[status]:
                 tell("%s: %d", words, self.counts[status])
         for reasons, extra in ((self._news, {}), (self._hidden, FILE_ONLY)):
             for reason, count in reasons.most_common(SHOWN_REASONS):
@@ -602,7 +565,7 @@ class Report:
         if len(self._news) > SHOWN_REASONS:
             tell("  %d more reasons stand in the results file", len(self._news) - SHOWN_REASONS)
         tell("Results: %s", self.results.path)
-        tell("Time: %.1f s, %.1f users a second", summary["duration_seconds"], summary["users_per_second"])
+        tell("Time: %.1f s, %.1f users a second", seconds, speed)
 
 
 # The run
@@ -654,7 +617,7 @@ def database_connection(settings: Settings) -> DatabaseConnection:
 
 
 def iterable_client(settings: Settings, stop: Stop) -> IterableClient:
-    s, retry = settings, iterable.RetryPolicy(settings.iterable_max_attempts)
+    s, retry = settings, api.RetryPolicy(settings.iterable_max_attempts)
     rate, timeout, workers = s.iterable_rate_limit, s.iterable_timeout, s.max_workers
     client = IterableClient(s.iterable_api_base_url, s.iterable_api_key, rate, timeout, workers, retry, stop)
     client.redact = redactor(s.iterable_api_key, s.db_password)
@@ -671,54 +634,54 @@ def describe_run(settings: Settings, options: argparse.Namespace) -> dict[str, A
 
 def cost(users: int, settings: Settings, *, bulk: bool) -> tuple[int, float]:
     """How many calls so many users take, and how many seconds at the rate limit."""
-    groups = math.ceil(users / iterable.MOST_ITEMS) if bulk else users
-    endpoint = iterable.USERS_BULK_UPDATE if bulk else iterable.USERS_UPDATE
+    groups = math.ceil(users / api.MOST_ITEMS) if bulk else users
+    endpoint = api.USERS_BULK_UPDATE if bulk else api.USERS_UPDATE
     return 2 * groups, groups / endpoint.rate(settings.iterable_rate_limit)
 
 
 # The checklist
 
 
+@contextlib.contextmanager
+def item(codes: list[int], code: int, *words: str) -> Iterator[list[str]]:
+    """A line of the checklist, to which words may be added, and the exit code for `codes` where it fails."""
+    line = list(words)
+    try:
+        yield line
+        log.info("✓ %s", ": ".join(line))
+    except (OSError, DatabaseError) as error:
+        codes.append(code)
+        log.error("✗ %s: %s", ": ".join(line), error)
+
+
 def check(settings: Settings, options: argparse.Namespace, stop: Stop) -> int:
     """The deployment checklist: a line an item, and the exit code of the first that fails. Sends no user data."""
-    codes = []
-
-    def item(code: int, what: str, test: Callable[[], str | None]) -> None:
-        try:
-            log.info("✓ %s%s", what, test() or "")
-        except (OSError, DatabaseError) as error:
-            codes.append(code)
-            log.error("✗ %s: %s", what, error)
-
-    def results_folder() -> None:
+    codes: list[int] = []
+    log.info("✓ Settings are complete")
+    with item(codes, BAD_SETTINGS, "Log file can be written"):
+        start_logging(settings, options)
+    with item(codes, BAD_SETTINGS, "Results folder can be written"):
         settings.results_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=settings.results_dir) as file:
             file.write(b"\n")
-
-    def tables() -> None:  # no EXPLAIN: an account that may read views only must not use it
-        database().execute_query(f"SELECT * FROM ({read_query(QUERIES, 'query_2')}) AS query_2 WHERE FALSE")  # noqa: S608
-
-    def times() -> None:
-        [row] = database().execute_query(read_query(QUERIES, "future_views"))
-        if row["latest"]:
-            raise DatabaseError(f"{row['latest']} is in the future: event_time must be UTC, and not local time")
-
-    def answers(*, key: bool = False) -> None:
-        result = answer()
-        if result and not (result.usable and (result.status == 400 or not key)):
-            raise OSError(result.reason or "Iterable answered a request without a user as if it had one")
-
     with contextlib.ExitStack() as closing:
         database = functools.cache(lambda: closing.enter_context(database_connection(settings)))
-        answer = functools.cache(lambda: iterable_client(settings, stop).update_users([Payload("", "{}")])[0])
-        item(BAD_SETTINGS, "Settings are complete", lambda: None)
-        item(BAD_SETTINGS, "Log file can be written", lambda: start_logging(settings, options))
-        item(BAD_SETTINGS, "Results folder can be written", results_folder)
-        item(DATABASE_FAILED, "Database can be reached and is new enough", lambda: f": {database().server}")
-        item(DATABASE_FAILED, "Tables and columns of the query are there", tables)
-        item(DATABASE_FAILED, "The latest page view is not in the future", times)
-        item(GIVEN_UP, f"Iterable can be reached at {settings.iterable_api_base_url}", answers)
-        item(GIVEN_UP, "API key is accepted", lambda: answers(key=True))
+        with item(codes, BAD_DATABASE, "Database can be reached and is new enough") as line:
+            line.append(database().server)
+        with item(codes, BAD_DATABASE, "Tables and columns of the query are there"):
+            query = read_query(QUERIES, "query_2")  # no EXPLAIN: an account that may read views only must not use it
+            database().execute_query(f"SELECT * FROM ({query}) AS query_2 WHERE FALSE")  # noqa: S608
+        with item(codes, BAD_DATABASE, "The latest page view is not in the future"):
+            [row] = database().execute_query(read_query(QUERIES, "future_views"))
+            if row["latest"]:
+                raise DatabaseError(f"{row['latest']} is in the future: event_time must be UTC, and not local time")
+    answer = functools.cache(lambda: iterable_client(settings, stop).update_users([Payload("", "{}")])[0])
+    with item(codes, GIVEN_UP, f"Iterable can be reached at {settings.iterable_api_base_url}"):
+        if (result := answer()) and not result.usable:
+            raise OSError(result.reason)
+    with item(codes, GIVEN_UP, "API key is accepted"):
+        if (result := answer()) and not (result.usable and result.status == 400):
+            raise OSError(result.reason or "Iterable answered a request without a user as if it had one")
     return codes[0] if codes else SUCCESS
 
 
@@ -726,7 +689,7 @@ def check(settings: Settings, options: argparse.Namespace, stop: Stop) -> int:
 
 EXIT_CODES = {
     SettingsError: BAD_SETTINGS,
-    DatabaseError: DATABASE_FAILED,
+    DatabaseError: BAD_DATABASE,
     AlreadyRunning: LOCKED,
     OSError: BAD_SETTINGS,  # of a file or folder that a setting names
     MemoryError: NOT_ALL,

@@ -114,16 +114,15 @@ def test_no_text_can_forge_a_line_or_command_the_terminal(tmp_path: Path, capsys
 
 
 @hypothesis_settings(deadline=None)
-@given(st.text(st.characters(), min_size=4))
+@given(st.text(st.characters(codec="utf-8"), min_size=4))  # main.py takes no other
 @example('Pa"ss \\w%rd/ü+=&')
-@example("half a pair \udcff")
 def test_any_secret_is_redacted_as_it_is_json_escaped_or_url_encoded(secret: str) -> None:
     in_json = [json.dumps(secret, ensure_ascii=only_ascii)[1:-1] for only_ascii in (True, False)]
     in_json += [text.replace("/", r"\/") for text in in_json]
-    in_url = [encode(secret, safe, errors="replace") for encode, safe in ((quote, ""), (quote, "/"), (quote_plus, ""))]
+    in_url = [quote(secret), quote(secret, safe=""), quote_plus(secret)]
     redact = redactor("another", secret)
     for form in (secret, *in_json, *in_url):
-        assert ascii(redact(f"<{form}> {form}")) == "'<[secret]> [secret]'"  # half a pair cannot be reported
+        assert redact(f"<{form}> {form}") == "<[secret]> [secret]"
 
 
 def test_a_secret_within_another_leaves_no_rest_and_one_of_fewer_than_four_characters_is_left() -> None:
@@ -251,7 +250,7 @@ def test_a_verdict_is_the_fingerprint_or_what_failed_and_why() -> None:
     verdicts = [failure(**change) for change in changes] + [failure("g"), verdict(line(1, "total_failure"))]
     verdicts += [verdict(line(1, "total_failure", None, problem=words)) for words in "pq"]
     assert (len({*verdicts, "f"}), verdict(line(1))) == (len(changes) + 5, "f")
-    assert (failure(attempts=5), failure(status=500, message="m")) == (failure(), failure(status=500))
+    assert failure(attempts=5) == failure()
     assert [verdict(line(1, status)) for status in ("forgotten", "not_attempted")] == [None, None]
 
 

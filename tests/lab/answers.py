@@ -133,13 +133,13 @@ class BulkAnswer(Answer):
     @property
     def confirmed(self) -> tuple[str, ...]:
         """Who was told by it; everyone else gets a single call."""
-        return tuple(email for email in GROUP if self.result.ok and email not in self.result.named)
+        return tuple(email for email in GROUP if self.result.ok and email not in self.result.unconfirmed)
 
 
 def believed(id: str, successes: int, named: tuple[str, ...] = (), status: int = 200, **more: Any) -> BulkAnswer:
     """An answer that confirms everyone of the group but those who are `named`."""
     text = json.dumps({"successCount": successes, "failCount": len(named), **more})
-    result = CallResult(USERS_BULK_UPDATE, True, status, named=frozenset(named))
+    result = CallResult(USERS_BULK_UPDATE, True, status, unconfirmed=frozenset(named))
     return BulkAnswer(id, {"status": status, "body": text}, result)
 
 
@@ -152,7 +152,10 @@ def doubtful(id: str, successes: Any, failures: Any, **more: Any) -> BulkAnswer:
 
 def whole(answer: Answer) -> BulkAnswer:
     """Refused or lost as a whole, in the same words as a single call."""
-    return BulkAnswer(answer.id, answer.fault, replace(answer.result, endpoint=USERS_BULK_UPDATE, ok=False))
+    reason = answer.result.reason or "the answer does not add up"
+    return BulkAnswer(
+        answer.id, answer.fault, replace(answer.result, endpoint=USERS_BULK_UPDATE, ok=False, reason=reason)
+    )
 
 
 COUNTS = '{"successCount":3,"failCount":0}'
