@@ -240,7 +240,7 @@ class Delivery:
     @property
     def status(self) -> str:
         """One of contract 7, or `unchanged`."""
-        if not self.calls:
+        if self.users_update is None:
             return "total_failure" if self.problem else self.without_calls
         if any(call.forgotten for call in self.calls):
             return "forgotten"
@@ -459,12 +459,12 @@ class Report:
             text = f'{text[:-1]}, "payloads": {payloads}}}'
         try:
             if status != "unchanged":
-                self.results.add(text, at_once=bool(delivery.calls))
+                self.results.add(text, at_once=delivery.users_update is not None)
         except OSError as error:
             self.stop.ask("aborted", NOT_ALL, str(error))
         self.open.pop(delivery.record, None)
         self.counts[status] += 1
-        if delivery.calls:
+        if delivery.users_update:
             self.unusable_in_a_row = 0 if any(call.usable for call in delivery.calls) else self.unusable_in_a_row + 1
         if status.endswith("failure"):
             self.failures += 1
