@@ -628,8 +628,8 @@ def describe_run(settings: Settings, options: argparse.Namespace) -> dict[str, A
     """The head of the results file, as far as it is known before."""
     s, port = settings, "" if settings.db_host.startswith("/") else f":{settings.db_port}"
     head = {"mode": "dry-run" if options.dry_run else "send", "database": f"{s.db_name} on {s.db_host}{port}"}
-    told = {name: getattr(options, name) for name in ("limit", "at_least", "changed_only", "bulk")}
-    return {**head, "iterable": s.iterable_api_base_url, "options": told}
+    chosen = {name: getattr(options, name) for name in ("limit", "at_least", "changed_only", "bulk")}
+    return {**head, "iterable": s.iterable_api_base_url, "options": chosen}
 
 
 def cost(users: int, settings: Settings, *, bulk: bool) -> tuple[int, float]:
