@@ -347,16 +347,21 @@ def in_groups(deliveries: Iterable[Delivery], most: int) -> Iterator[list[Delive
     size = 0
     for delivery in deliveries:
         length = len(delivery.user.json) + len(delivery.event.json) + 2
-        if group and (len(group) == most or size + length > api.MOST_BYTES):
+        if group and size + length > api.MOST_BYTES:
             yield group
             group, size = [], 0
         group.append(delivery)
         size += length
+        if len(group) == most:
+            yield group
+            group, size = [], 0
     if group:
         yield group
 
 
-def prepared(records: deque[Record], settings: Settings, report: Report) -> Iterator[Delivery]:
+def prepared(
+    records: deque[Record], settings: Settings, report: Report, collect: Callable[[int], None]
+) -> Iterator[Delivery]:
     """The deliveries to be sent, until a stop; the others are put on record. Uses up the records."""
     seen: dict[str, Any] = {}  # addresses and event ids: only an address has an @
     while records and not report.stop.is_set():
@@ -371,6 +376,7 @@ def prepared(records: deque[Record], settings: Settings, report: Report) -> Iter
             yield delivery
         else:
             report.record(delivery)
+            collect(report.total + 1)  # who is done meanwhile: many may be left out between two that are sent
 
 
 def deliver(records: deque[Record], client: IterableClient, settings: Settings, report: Report) -> None:
@@ -403,7 +409,7 @@ def deliver(records: deque[Record], client: IterableClient, settings: Settings, 
 
     with ThreadPoolExecutor(workers) as threads:
         try:
-            for group in in_groups(prepared(records, settings, report), size):
+            for group in in_groups(prepared(records, settings, report, collect), size):
                 begin(group)
                 collect(most)
             collect(1)

@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import date, datetime
@@ -27,7 +27,8 @@ import main
 from db_connection import DatabaseConnection, Record
 from iterable_client import CallResult, IterableClient, Payload
 from lab import process
-from main import Settings, SettingsError, Stop, parse_arguments, prepare
+from logger_config import ResultsFile
+from main import Report, Settings, SettingsError, Stop, parse_arguments, prepare
 
 KEY = "fedcba9876543210fedcba9876543210"
 NOWHERE = Path(os.devnull)
@@ -343,6 +344,16 @@ def run(iterable: Answering, *arguments: str, most: int = 1000) -> tuple[list[di
     expected = {**counts, "total_users": len(rows), "exit_code": exit_code}
     assert {key: summary[key] for key in expected} == expected
     return lines, summary
+
+
+def test_who_is_done_is_looked_for_at_each_row_that_is_not_sent_and_a_full_group_begins_at_once(tmp_path: Path) -> None:
+    results = ResultsFile(tmp_path, {"mode": "send"}, datetime.now().astimezone())
+    report = Report(3, parse_arguments([]), {}, results, Stop())
+    looked: list[int] = []
+    rows = deque([ROW, ROW._replace(email=None), ROW])
+    groups = main.in_groups(main.prepared(rows, SETTINGS, report, looked.append), 1)
+    assert ([each.record for each in next(groups)], len(rows), looked) == ([1], 2, [])
+    assert (list(groups), report.counts, looked) == ([], {"total_failure": 2}, [4, 4])
 
 
 @hypothesis_settings(deadline=None, max_examples=150)
