@@ -38,7 +38,9 @@ def redactor(*secrets: str) -> Callable[[str], str]:
     for secret in (each for each in secrets if len(each) >= 4):
         in_json = [json.dumps(secret, ensure_ascii=only_ascii)[1:-1] for only_ascii in (True, False)]
         in_json += [text.replace("/", "\\/") for text in in_json]
-        forms |= {secret, *in_json, quote(secret), quote(secret, safe=""), quote_plus(secret)}
+        in_url = [quote(secret), quote(secret, safe=""), quote_plus(secret)]
+        in_url += [re.sub("%..", lambda code: code[0].lower(), text) for text in in_url]
+        forms |= {secret, *in_json, *in_url}
     longest_first = sorted(forms, key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # which is found nowhere
     return functools.partial(pattern.sub, "[secret]")
@@ -259,9 +261,10 @@ def _remember(text: str, memory: dict[str, str], *, told: bool) -> bool:
         user, status, fingerprint = str(line["user_id"]), line["status"], line["fingerprint"]
         if text[end:].strip(",\n"):  # the beginning of the next line is lost
             return False
-        if (news := verdict(line)) and (told or status == "success"):
+        news, known = verdict(line), memory.get(user, "")
+        if news and (told or status == "success"):
             memory[user] = news
-        elif status != "not_attempted" or (fingerprint and fingerprint not in memory.get(user, "")):
+        elif news != known and (status != "not_attempted" or (fingerprint and fingerprint not in known)):
             memory.pop(user, None)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
