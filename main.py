@@ -592,6 +592,7 @@ def run_integration(settings: Settings, options: argparse.Namespace, stop: Stop)
         if len(records) > LARGE and not options.bulk:
             singly, in_bulk = (cost(len(records), settings, bulk=bulk)[1] for bulk in (False, True))
             log.info("%d users take %.0f s or more; with --bulk %.0f s or more", len(records), singly, in_bulk)
+        sys.setswitchinterval(0.0005)  # or a busy thread holds up each step of a call by 5 ms, and so its arrival
         stop.sending = True
         results = ResultsFile(settings.results_dir, describe_run(settings, options), started)
         report = Report(len(records), options, memory, results, stop)
