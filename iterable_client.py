@@ -203,9 +203,8 @@ def interpret(endpoint: str, status: int, text: str) -> CallResult:
     otherwise = (message or "Iterable does not say why") if code else NOT_ITERABLE
     reason = type_clash(answer) if clash else advice or otherwise
     shown = json.dumps(answer, ensure_ascii=False) if "\\" in text and answer else text  # no secret in odd escapes
-    body = " ".join(shown.split())
     retryable = status in TRY_AGAIN and not clash
-    return CallResult(endpoint, False, status, code or None, message, reason, body, retryable=retryable)
+    return CallResult(endpoint, False, status, code or None, message, reason, shown, retryable=retryable)
 
 
 def interpret_bulk(endpoint: str, status: int, text: str, emails: Sequence[str]) -> CallResult:

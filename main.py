@@ -182,7 +182,7 @@ def number(low: float, high: float, kind: type[int] | type[float] = int) -> Call
 
 
 def ca_file(text: str) -> str:
-    if text and not (HERE / text).is_file():
+    if text and not os.path.isfile(HERE / text):  # Path.is_file raises for a name that is too long
         raise ValueError("is no file")
     return text and str(HERE / text)
 
@@ -505,7 +505,8 @@ class Report:
         for call in () if many and status == "success" else delivery.calls:
             log.log(logging.INFO if call.ok else level, "%s (%s, %s)", call.headline, place, who, extra=FILE_ONLY)
             if not call.ok:
-                log.log(level, "Response: %s", call.body or call.message, extra=FILE_ONLY)
+                answer = " ".join((call.body or call.message).split())  # no sooner: a secret may hold two blanks
+                log.log(level, "Response: %s", answer, extra=FILE_ONLY)
         where = f" ({place})" if many else ""
         why = f": {', '.join(reason.short for reason in delivery.reasons)}" if failed else ""
         log.log(level, "%s: %s%s%s", TOLD[status], who, where, why, extra=extra)

@@ -133,7 +133,7 @@ def test_a_base_url_may_end_in_a_slash_or_api_and_be_http_to_a_loopback_host() -
         ("LOG_LEVEL", ["info", "CRITICAL", "10"], "must be DEBUG, INFO, WARNING or ERROR"),
         ("ITERABLE_API_KEY", [f"{KEY} {KEY}", "schlüssel"], NO_KEY.removeprefix("ITERABLE_API_KEY ")),
         ("DB_PASSWORD", ["a\0b", "a\udcff"], "is not text"),
-        ("DB_SSL_CA", ["ca.pem", "tests"], "is no file"),
+        ("DB_SSL_CA", ["ca.pem", "tests", "x" * 5000], "is no file"),
         ("ITERABLE_API_BASE_URL", ["api.iterable.com", "ftp://x", "https://[::::]", f"https://ann:{KEY}@x"], NO_HOST),
         ("ITERABLE_API_BASE_URL", [f"https://x{rest}" for rest in ("/v2", "?x=1", "\nX: y", ":99999")], NO_HOST),
         ("ITERABLE_API_BASE_URL", [f"http://{host}" for host in OTHERS], IN_THE_CLEAR),

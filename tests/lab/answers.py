@@ -56,8 +56,7 @@ def success(id: str, status: int, text: str, message: str = "") -> Answer:
 
 def failure(id: str, status: int, text: str, reason: str, code: str | None = None, message: str = "") -> Answer:
     """Tried again when its status says so."""
-    body = " ".join(text.split())[:500]
-    result = CallResult(USERS_UPDATE, False, status, code, message, reason, body, retryable=status in AGAIN)
+    result = CallResult(USERS_UPDATE, False, status, code, message, reason, text[:500], retryable=status in AGAIN)
     return Answer(id, {"status": status, "body": text}, result)
 
 
