@@ -38,7 +38,8 @@ def redactor(*secrets: str) -> Callable[[str], str]:
     for secret in (each for each in secrets if len(each) >= 4):
         in_json = [json.dumps(secret, ensure_ascii=only_ascii)[1:-1] for only_ascii in (True, False)]
         in_json += [text.replace("/", "\\/") for text in in_json]
-        in_url = [quote(secret), quote(secret, safe=""), quote_plus(secret)]
+        unquoted = ("/", "", "!'()*")  # as Python, most others, and JavaScript leave them
+        in_url = [quote_plus(secret), *(quote(secret, safe=left) for left in unquoted)]
         in_url += [re.sub("%..", lambda code: code[0].lower(), text) for text in in_url]
         forms |= {secret, *in_json, *in_url}
     longest_first = sorted(forms, key=len, reverse=True)

@@ -389,13 +389,13 @@ def test_cron_may_start_it_with_nothing_in_the_environment_from_another_folder(
 
 # Secrets
 
-PASSWORD = 'pass  "word" \\ü/%41'
+PASSWORD = 'pass  "word!" \\ü/%41'
 
 
 def forms(secret: str) -> set[str]:
     """A secret as it is, JSON-escaped, and URL-encoded."""
     in_json = {json.dumps(secret, ensure_ascii=only_ascii)[1:-1] for only_ascii in (True, False)}
-    return {secret, *in_json, quote(secret), quote(secret, safe=""), quote_plus(secret)}
+    return {secret, *in_json, quote_plus(secret), *(quote(secret, safe=left) for left in ("/", "", "!'()*"))}
 
 
 def test_no_secret_is_written_anywhere_even_at_debug_when_the_api_echoes_it(
