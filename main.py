@@ -347,14 +347,11 @@ def in_groups(deliveries: Iterable[Delivery], most: int) -> Iterator[list[Delive
     size = 0
     for delivery in deliveries:
         length = len(delivery.user.json) + len(delivery.event.json) + 2
-        if group and size + length > api.MOST_BYTES:
+        if group and (len(group) == most or size + length > api.MOST_BYTES):
             yield group
             group, size = [], 0
         group.append(delivery)
         size += length
-        if len(group) == most:
-            yield group
-            group, size = [], 0
     if group:
         yield group
 
