@@ -19,22 +19,19 @@ import mysql.connector
 QUERY_TIMEOUT = 600  # seconds without a byte from the server
 
 _OLDEST = {"MySQL": (8, 0), "MariaDB": (10, 2)}  # the first with window functions and CTEs
-_CLOSED = "The database closed the connection: check that the server runs, then run again"
-_CURES = {  # by the number that server or client give the error
+_CURES: dict[int | None, str] = {  # by the number that server or client give the error
     1040: "The database has no connection left: try again later, or raise max_connections",
     1044: "DB_USER may not use this database: check DB_NAME, or GRANT SELECT on it to the user",
-    1045: "The database refused the login: check DB_USER and DB_PASSWORD",
+    **dict.fromkeys((1045, 1698), "The database refused the login: check DB_USER and DB_PASSWORD"),
     1049: "There is no such database: check DB_NAME, or load database_setup.sql",
     1054: "A column is missing: compare the tables with database_setup.sql",
     1142: "DB_USER may not read a table: GRANT SELECT on it to the user",
     1146: "A table is missing: check DB_NAME, or load database_setup.sql",
-    1698: "The database refused the login: check DB_USER and DB_PASSWORD",
     2002: "No database answers on this socket: check DB_HOST, and that the server runs",
     2003: "No database answers there: check DB_HOST and DB_PORT, and that the server runs",
     2005: "The database's host name is unknown: check DB_HOST, and the network's DNS",
-    2013: _CLOSED,
+    **dict.fromkeys((2013, 2055), "The database closed the connection: check that the server runs, then run again"),
     2026: "The encrypted connection to the database failed: check DB_SSL_CA and the server's certificate",
-    2055: _CLOSED,
     3024: f"The database was silent for {QUERY_TIMEOUT} s: look for locks, and for a missing index",
 }
 
@@ -90,12 +87,8 @@ class DatabaseConnection:
     def __enter__(self) -> DatabaseConnection:
         with _errors_in_words():
             self._connection: Any = mysql.connector.connect(**self._config)
-        try:
-            self.server = self._check_version()
-            self.execute_query("SET SESSION TRANSACTION READ ONLY")
-        except DatabaseError:
-            self.__exit__()
-            raise
+        self.server = self._check_version()
+        self.execute_query("SET SESSION TRANSACTION READ ONLY")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -59,8 +60,8 @@ compact_json = json.JSONEncoder(separators=(",", ":")).encode
 class Payload(NamedTuple):
     """One object for Iterable and whom it is about. Its JSON is made once: to be sent, measured, hashed and shown."""
 
-    email: str
-    json: str
+    email: str = ""
+    json: str = ""
 
 
 class UnusableRow(ValueError):
@@ -258,7 +259,25 @@ def interpret_error(endpoint: str, error: Exception) -> CallResult:
     return CallResult(endpoint, False, message=words, reason=words, retryable=bool(known))
 
 
-# When a call is made
+# To whom, and when
+
+
+def base_url(text: str) -> str:
+    """The address of a project's region, without a trailing `/` or `/api`. Raises ValueError."""
+    text = text.lower().rstrip("/").removesuffix("/api").rstrip("/")
+    parts = re.fullmatch(r"(https?)://([a-z0-9._-]+|\[::1\])(:[0-9]{1,5})?", text)
+    if not parts or int((parts[3] or ":443")[1:]) > 65535:
+        raise ValueError("must be a host's address such as https://api.iterable.com, without path, query or user")
+    if parts[1] == "http" and not re.fullmatch(r"localhost|127(\.(25[0-5]|2[0-4]\d|1?\d?\d)){3}|\[::1\]", parts[2]):
+        raise ValueError("must begin with https://, or the API key would travel in the clear")
+    return text
+
+
+def api_key(text: str) -> str:
+    """The key, if it can be a header. Raises ValueError."""
+    if not re.fullmatch("[!-~]*", text):
+        raise ValueError("has a character that no key has: copy it again")
+    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,7 +359,7 @@ class IterableClient:
     def __init__(
         self, base_url: str, api_key: str, rate: float, timeout: float, workers: int, retry: RetryPolicy, stop: Event
     ) -> None:
-        self._timeout, self._retry = timeout, retry
+        self._rate, self._timeout, self._retry = rate, timeout, retry
         self._stop, self._halted = stop, Event()
         endpoints = (USERS_UPDATE, EVENTS_TRACK, USERS_BULK_UPDATE, EVENTS_TRACK_BULK)
         self._limiters = {each: RateLimiter(each.rate(rate), each.margin, stop) for each in endpoints}
@@ -350,6 +369,11 @@ class IterableClient:
         self._counting = Lock()
         self.calls = self.retries = 0  # requests made, and those of them that were not the first of their call
         self.refused: CallResult | None = None  # the answer that refused the API key
+
+    def cost(self, users: int, *, bulk: bool) -> tuple[int, float]:
+        """How many calls so many users take, and how many seconds at the rate limit."""
+        groups = math.ceil(users / MOST_ITEMS) if bulk else users
+        return 2 * groups, groups / (USERS_BULK_UPDATE if bulk else USERS_UPDATE).rate(self._rate)
 
     def halt(self) -> None:
         """Nothing is sent from now on; the calls on the wire end by themselves."""
@@ -437,16 +461,15 @@ def read(response: urllib3.BaseHTTPResponse, timeout: float, most: int) -> str:
     The socket's own time-out starts again with each byte, so an answer that drips would hold a worker for ever.
     """
     content, deadline = b"", monotonic() + timeout
-    try:
-        while len(content) < most and (more := response.read1(65_536)):
-            content += more
-            if monotonic() > deadline:
-                raise failures.TimeoutError  # of a refusal, what came is enough
-    except failures.HTTPError:
-        if response.status < 300:
-            raise
-    finally:
-        response.close()  # a connection whose answer was read to its end is in the pool by now, and stays open
+    with response:  # closes the connection, unless the answer was read to its end: then it is in the pool by now
+        try:
+            while len(content) < most and (more := response.read1(65_536)):
+                content += more
+                if monotonic() > deadline:
+                    raise failures.TimeoutError  # of a refusal, what came is enough
+        except failures.HTTPError:
+            if response.status < 300:
+                raise
     return content.decode("utf-8", "replace")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import fcntl
 import functools
@@ -59,9 +58,11 @@ def setup_logger(
     console = _Console(sys.stdout)
     console.setLevel(logging.WARNING if quiet else logging.INFO)
     console.addFilter(lambda record: not getattr(record, "file_only", False))
-    console.setFormatter(_Formatter("%(message)s", redact))
+    has_marks = "utf" in str(getattr(sys.stdout, "encoding", "")).lower()
+    shown = redact if has_marks else lambda text: re.sub("[✓✗⚠] ", "", redact(text))
+    console.setFormatter(_Formatter("%(message)s", shown))
     with contextlib.suppress(AttributeError):  # not a real console, or none
-        console.stream.reconfigure(errors="without_marks")
+        console.stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.INFO, handlers=[console], force=True)
     for package in ("urllib3", "mysql.connector"):  # what they tell is said again, in better words, by our modules
         logging.getLogger(package).setLevel(logging.ERROR)
@@ -94,17 +95,6 @@ class _Formatter(logging.Formatter):
 
     def formatException(self, exc_info: Any) -> str:
         return self._redact(super().formatException(exc_info))
-
-
-def _without_marks(error: Any) -> tuple[str | bytes, int]:
-    """For a console that lacks a character: a mark goes, with the blank behind it; any other becomes an escape."""
-    error.end = error.start + 1
-    if error.object[error.start] in "✓✗⚠":
-        return "", error.end + error.object.startswith(" ", error.end)
-    return codecs.backslashreplace_errors(error)
-
-
-codecs.register_error("without_marks", _without_marks)
 
 
 class _Console(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 has no StreamHandler[...]

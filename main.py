@@ -12,7 +12,6 @@ import gc
 import hashlib
 import json
 import logging
-import math
 import mmap
 import os
 import queue
@@ -50,7 +49,7 @@ UNUSABLE_IN_A_ROW = 20  # users without a usable answer, after which the run is 
 ROOM = 200_000_000  # bytes of addresses to be free for a new thread: it hangs or crashes where there are none
 MOST_IN_FLIGHT = 10_000  # users of a run in bulk: more would only wait for their turn, and take room
 MANY, LARGE = 100, 5000  # users, above which the console shows progress, and above which --bulk is recommended
-NOTHING = Payload("", "")  # of a user who is not to be sent
+NOTHING = Payload()  # of a user who is not to be sent
 SHOWN_FAILURES, SHOWN_REASONS, SHOWN_PAYLOADS = 20, 10, 3
 
 log = logging.getLogger(__name__)
@@ -59,14 +58,12 @@ log = logging.getLogger(__name__)
 # Settings
 
 
-SET_THEM = (
-    "Set them in {} (cp .env.example .env, then fill it in) or in the environment. "
-    "To see a run without any: bash tests/demo.sh"
-)
-
-
 class SettingsError(Exception):
     """Settings are missing, empty, malformed or of no use. The text names them all, and no value of a setting."""
+
+    def __init__(self, complaints: list[str], env_file: Path) -> None:
+        cure = f"Set them in {env_file} (cp .env.example .env, then fill it in) or in the environment"
+        super().__init__(f"Settings: {'; '.join(complaints)}. {cure}. To see a run without any: bash tests/demo.sh")
 
 
 @dataclass(frozen=True)
@@ -117,8 +114,8 @@ def load_environment_variables(
         db_name=get("DB_NAME"),
         db_port=get("DB_PORT", "3306", number(1, 65535)),
         db_ssl_ca=get("DB_SSL_CA", "", ca_file),
-        iterable_api_key=get("ITERABLE_API_KEY", None if needs_key else "", api_key),
-        iterable_api_base_url=get("ITERABLE_API_BASE_URL", "https://api.iterable.com", base_url),
+        iterable_api_key=get("ITERABLE_API_KEY", None if needs_key else "", api.api_key),
+        iterable_api_base_url=get("ITERABLE_API_BASE_URL", "https://api.iterable.com", api.base_url),
         iterable_rate_limit=get("ITERABLE_RATE_LIMIT", "450", number(1, 100_000)),
         iterable_max_attempts=get("ITERABLE_MAX_ATTEMPTS", "5", number(1, 100)),
         iterable_timeout=get("ITERABLE_TIMEOUT", "30", number(0.1, 3600, float)),
@@ -128,7 +125,7 @@ def load_environment_variables(
         results_dir=get("RESULTS_DIR", ".", HERE.joinpath),
     )
     if complaints:
-        raise SettingsError(f"Settings: {'; '.join(complaints)}. {SET_THEM.format(env_file)}")
+        raise SettingsError(complaints, env_file)
     return settings
 
 
@@ -159,12 +156,6 @@ def read_secret(name: str, values: dict[str, str | None], complaints: list[str])
             values[name] = "-"  # or it would be called missing as well
 
 
-def api_key(text: str) -> str:
-    if not re.fullmatch("[!-~]*", text):
-        raise ValueError("has a character that no key has: copy it again")
-    return text
-
-
 def level(text: str) -> str:
     if text not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise ValueError("must be DEBUG, INFO, WARNING or ERROR")
@@ -185,16 +176,6 @@ def ca_file(text: str) -> str:
     if text and not os.path.isfile(HERE / text):  # Path.is_file raises for a name that is too long
         raise ValueError("is no file")
     return text and str(HERE / text)
-
-
-def base_url(text: str) -> str:
-    text = text.lower().rstrip("/").removesuffix("/api").rstrip("/")
-    parts = re.fullmatch(r"(https?)://([a-z0-9._-]+|\[::1\])(:[0-9]{1,5})?", text)
-    if not parts or int((parts[3] or ":443")[1:]) > 65535:
-        raise ValueError("must be a host's address such as https://api.iterable.com, without path, query or user")
-    if parts[1] == "http" and not re.fullmatch(r"localhost|127(\.(25[0-5]|2[0-4]\d|1?\d?\d)){3}|\[::1\]", parts[2]):
-        raise ValueError("must begin with https://, or the API key would travel in the clear")
-    return text
 
 
 # A user's delivery
@@ -588,7 +569,7 @@ def run_integration(settings: Settings, options: argparse.Namespace, stop: Stop)
         log.info("[STEP 5] Processing user records...")
         memory = read_memory(settings.results_dir) if options.changed_only else {}
         if len(records) > LARGE and not options.bulk:
-            singly, in_bulk = (cost(len(records), settings, bulk=bulk)[1] for bulk in (False, True))
+            singly, in_bulk = (client.cost(len(records), bulk=bulk)[1] for bulk in (False, True))
             log.info("%d users take %.0f s or more; with --bulk %.0f s or more", len(records), singly, in_bulk)
         sys.setswitchinterval(0.0005)  # or a busy thread holds up each step of a call by 5 ms, and so its arrival
         stop.sending = True
@@ -597,7 +578,7 @@ def run_integration(settings: Settings, options: argparse.Namespace, stop: Stop)
         deliver(records, client, settings, report)
         exit_code = report.finish(client)
     if options.dry_run:
-        calls, seconds = cost(report.counts["would_send"], settings, bulk=options.bulk)
+        calls, seconds = client.cost(report.counts["would_send"], bulk=options.bulk)
         log.info("Dry run, nothing was sent. A run would make %d calls, in %.1f s or more", calls, seconds)
     return exit_code
 
@@ -637,13 +618,6 @@ def describe_run(settings: Settings, options: argparse.Namespace) -> dict[str, A
     return {**head, "iterable": s.iterable_api_base_url, "options": chosen}
 
 
-def cost(users: int, settings: Settings, *, bulk: bool) -> tuple[int, float]:
-    """How many calls so many users take, and how many seconds at the rate limit."""
-    groups = math.ceil(users / api.MOST_ITEMS) if bulk else users
-    endpoint = api.USERS_BULK_UPDATE if bulk else api.USERS_UPDATE
-    return 2 * groups, groups / endpoint.rate(settings.iterable_rate_limit)
-
-
 # The checklist
 
 
@@ -680,7 +654,7 @@ def check(settings: Settings, options: argparse.Namespace, stop: Stop) -> int:
             [row] = database().execute_query(read_query(QUERIES, "future_views"))
             if row["latest"]:
                 raise DatabaseError(f"{row['latest']} is in the future: event_time must be UTC, and not local time")
-    answer = functools.cache(lambda: iterable_client(settings, stop).update_users([Payload("", "{}")])[0])
+    answer = functools.cache(lambda: iterable_client(settings, stop).update_users([Payload(json="{}")])[0])
     with item(codes, GIVEN_UP, f"Iterable can be reached at {settings.iterable_api_base_url}"):
         if (result := answer()) and not result.usable:
             raise OSError(result.reason)
@@ -692,7 +666,7 @@ def check(settings: Settings, options: argparse.Namespace, stop: Stop) -> int:
 
 # The command line
 
-EXIT_CODES = {
+EXIT_CODES: dict[type[BaseException], int] = {
     SettingsError: BAD_SETTINGS,
     DatabaseError: BAD_DATABASE,
     AlreadyRunning: LOCKED,
