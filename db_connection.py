@@ -106,7 +106,7 @@ class DatabaseConnection:
             return [*cursor]
 
     def read_records(self, sql: str) -> list[Record]:
-        """The rows of Query 2, in its order. A million of them take about 400 MB."""
+        """The rows of Query 2, in its order. A million of them take about 430 MB."""
         with _errors_in_words(), self._connection.cursor() as cursor:
             cursor.execute(sql)
             if cursor.column_names != Record._fields:

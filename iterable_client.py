@@ -53,6 +53,8 @@ EVENTS_TRACK_BULK = Endpoint("events/trackBulk", 10, margin=0.05, items="events"
 MOST_ITEMS = 1000  # of a bulk body
 MOST_BYTES = 1_000_000  # of a bulk body: Iterable takes 4 MB of users, and does not say how much of events
 
+NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what stands in a record for bytes that are no text
+
 compact_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -93,7 +95,7 @@ def event_payload(record: Any) -> dict[str, Any]:
 
 def address(record: Any) -> str:
     email = str(record.email or "").strip().lower()
-    if "@" not in email or not (email.isascii() or email.isprintable()):  # lone surrogates are not printable
+    if "@" not in email or NOT_UTF8.search(email):
         raise UnusableRow("no usable e-mail address: correct it in the customers table")
     return email
 
@@ -101,10 +103,9 @@ def address(record: Any) -> str:
 def texts(record: Any, *columns: str) -> dict[str, str]:
     """The columns as text, without those that are NULL: a null would delete the field in Iterable."""
     found = {column: str(value) for column in columns if (value := getattr(record, column)) is not None}
-    try:
-        "".join(found.values()).encode()
-    except UnicodeEncodeError:
-        raise UnusableRow(f"a column is no text in UTF-8 ({', '.join(found)}): change its type") from None
+    for column, text in found.items():
+        if not text.isascii() and NOT_UTF8.search(text):
+            raise UnusableRow(f"{column} is no text in UTF-8: change the column's type")
     return found
 
 

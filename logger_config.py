@@ -58,7 +58,7 @@ def setup_logger(
     console = _Console(sys.stdout)
     console.setLevel(logging.WARNING if quiet else logging.INFO)
     console.addFilter(lambda record: not getattr(record, "file_only", False))
-    has_marks = "utf" in str(getattr(sys.stdout, "encoding", "")).lower()
+    has_marks = "utf" in str(getattr(console.stream, "encoding", "")).lower()
     shown = redact if has_marks else lambda text: re.sub("[✓✗⚠] ", "", redact(text))
     console.setFormatter(_Formatter("%(message)s", shown))
     with contextlib.suppress(AttributeError):  # not a real console, or none

@@ -130,6 +130,11 @@ def test_a_time_is_utc_wherever_the_program_runs() -> None:
     assert {text: payloads(event_time=text)[1]["createdAt"] for text in seconds} == seconds
 
 
+def test_an_address_that_is_odd_is_iterables_to_judge() -> None:
+    for email in ("नि\u200dक@example.com", "a\tb@example.com", "\U0001fae8@example.com"):
+        assert [payload["email"] for payload in payloads(email=email)] == [email, email]
+
+
 @pytest.mark.parametrize("value", ["\0 '\"\\\u202e", "Zoë 😀", "1.50", 0, -5])
 def test_a_value_is_sent_as_text(value: str | int) -> None:
     assert payloads(first_name=value)[0]["dataFields"]["first_name"] == str(value)
@@ -146,7 +151,7 @@ def test_a_value_is_sent_as_text(value: str | int) -> None:
         ),
         ("event_time", NO_TIMES, "event_time is not a date with a time: correct the column in page_views"),
         ("view_id", (None, "", "a b", "ä", "37\n", "37.5", "x" * 503), "the view's id is none for an event"),
-        ("location", ("Jos\udce9",), "a column is no text in UTF-8 (page, browser, location): change its type"),
+        ("location", ("Jos\udce9",), "location is no text in UTF-8: change the column's type"),
     ],
 )
 def test_a_row_that_cannot_be_sent_says_why(column: str, values: tuple[Any, ...], reason: str) -> None:
