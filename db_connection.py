@@ -117,8 +117,9 @@ class DatabaseConnection:
             end = None
             while not end:  # in thousands: single rows take longer, and all at once hold their packets, 1.2 KB a row
                 rows, end = self._connection.get_rows(count=1000, raw=True)
-                columns = [map(parse, column) for parse, column in zip(parsers, zip(*rows, strict=True), strict=False)]
-                records += map(Record._make, zip(*columns, strict=True))
+                columns = zip(*rows, strict=True)  # none where there are no rows
+                values = [map(parse, column) for parse, column in zip(parsers, columns, strict=False)]
+                records += map(Record._make, zip(*values, strict=True))
             return records
 
     def _check_version(self) -> str:
