@@ -418,6 +418,12 @@ def test_calls_start_evenly_and_refusals_of_those_from_before_a_pause_count_as_o
         assert next(clock.starts(1)) == pytest.approx(before + 0.25)
 
 
+def test_a_run_costs_two_calls_a_user_or_a_group_that_need_not_be_full() -> None:
+    client = Client("https://localhost", rate=250)
+    assert [client.cost(users, bulk=False) for users in (0, 1, 1001)] == [(0, 0), (2, 1 / 250), (2002, 1001 / 250)]
+    assert [client.cost(users, bulk=True) for users in (0, 1, 1000, 1001)] == [(0, 0), (2, 0.4), (2, 0.4), (4, 0.8)]
+
+
 def test_each_endpoint_has_the_same_share_of_its_own_limit() -> None:
     endpoints = [iterable.USERS_UPDATE, iterable.EVENTS_TRACK, iterable.USERS_BULK_UPDATE, iterable.EVENTS_TRACK_BULK]
     assert [(each.path, each.rate(450)) for each in endpoints] == list(zip(ENDPOINTS, (450, 1800, 4.5, 9), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import re
@@ -80,6 +81,14 @@ def test_the_log_is_rotated_at_10_mb_and_5_old_ones_are_kept_and_all_are_private
     assert kept == [*range(650 - len(kept), 650)]
     new, *old = (part.stat().st_size for part in parts)
     assert all(9_800_000 < size <= 10_000_000 for size in old) and new <= 10_000_000
+
+
+def test_a_console_that_lacks_characters_loses_marks_and_shows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "latin-1"))
+    setup_logger(redact=redactor("geheim"))
+    log.info("✓ Gruß an geheim: 😀")
+    assert shown.getvalue() == "Gruß an [secret]: \\U0001f600\n".encode("latin-1")
 
 
 def test_a_full_disk_for_the_log_is_told_once_and_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:
