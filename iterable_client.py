@@ -11,12 +11,12 @@ import os
 import random
 import re
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from threading import Event, Lock
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
 import urllib3
 from requests.adapters import HTTPAdapter
@@ -29,40 +29,17 @@ log = logging.getLogger(__name__)
 # What is sent
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """`limit`: calls a second that Iterable allows a project. `items`: the key of the list in a bulk body.
-
-    `margin`: a second's worth of calls is spread over 1 + `margin` seconds, for some take longer to arrive than others.
-    """
-
-    path: str
-    limit: int
-    margin: float = 0.02
-    items: str = ""
-
-    def rate(self, users_update: float) -> float:
-        """This endpoint's calls a second when users/update has so many: the same share of its limit."""
-        return self.limit * users_update / USERS_UPDATE.limit
-
-
-USERS_UPDATE = Endpoint("users/update", 500)
-EVENTS_TRACK = Endpoint("events/track", 2000)
-USERS_BULK_UPDATE = Endpoint("users/bulkUpdate", 5, margin=0.05, items="users")
-EVENTS_TRACK_BULK = Endpoint("events/trackBulk", 10, margin=0.05, items="events")
+USERS_UPDATE, USERS_BULK_UPDATE = "users/update", "users/bulkUpdate"
+EVENTS_TRACK, EVENTS_TRACK_BULK = "events/track", "events/trackBulk"
+BULK = {USERS_UPDATE: USERS_BULK_UPDATE, EVENTS_TRACK: EVENTS_TRACK_BULK}
+LIMITS = {USERS_UPDATE: 500, EVENTS_TRACK: 2000, USERS_BULK_UPDATE: 5, EVENTS_TRACK_BULK: 10}  # calls a second
+ITEMS = {USERS_BULK_UPDATE: "users", EVENTS_TRACK_BULK: "events"}  # the key of the list in a bulk body
 MOST_ITEMS = 1000  # of a bulk body
 MOST_BYTES = 1_000_000  # of a bulk body: Iterable takes 4 MB of users, and does not say how much of events
 
 NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what stands in a record for bytes that are no text
 
 compact_json = json.JSONEncoder(separators=(",", ":")).encode
-
-
-class Payload(NamedTuple):
-    """One object for Iterable and whom it is about. Its JSON is made once: to be sent, measured, hashed and shown."""
-
-    email: str = ""
-    json: str = ""
 
 
 class UnusableRow(ValueError):
@@ -149,8 +126,7 @@ class CallResult:
 
     @property
     def forgotten(self) -> bool:
-        bulk = self.endpoint in (USERS_BULK_UPDATE.path, EVENTS_TRACK_BULK.path)  # there it is said of the whole group
-        return not bulk and (self.status, self.code) == (409, "ForgottenUserError")
+        return (self.status, self.code) == (409, "ForgottenUserError")
 
     @property
     def usable(self) -> bool:
@@ -158,7 +134,6 @@ class CallResult:
         return self.ok or (self.code is not None and not self.retryable)
 
 
-Verdicts = list[CallResult | None]
 LONGEST_TEXT = 500  # characters of an answer that are kept
 TRY_AGAIN = {408, 429, 500, 502, 503, 504}
 DISALLOWED = "is disallowed from tracking"
@@ -210,21 +185,19 @@ def interpret_bulk(endpoint: str, status: int, text: str, emails: Sequence[str])
     It is a success when it adds up: then whoever is not `unconfirmed` was told. Else it tells nothing about anybody.
     """
     answer = parse(text)
-    if not 200 <= status < 300 or "successCount" not in answer:
-        result = interpret(endpoint, status, text)  # which would take the Success of a single call for one
-        return replace(result, ok=False, reason=result.reason or "the answer does not add up")
     nested = answer.get("failedUpdates")
     lists = [*answer.items(), *(nested.items() if isinstance(nested, dict) else ())]
     # The conflict lists name the user who was there first, who may be another one of the group.
     named_in = (each for key, each in lists if isinstance(each, list) and not key.startswith("conflict"))
     entries = itertools.chain.from_iterable(named_in)
     unconfirmed = frozenset(emails).intersection(entry.lower() for entry in entries if isinstance(entry, str))
-    counts = answer["successCount"], answer.get("failCount")
+    counts = answer.get("successCount"), answer.get("failCount")
     refusal = answer.get("disallowedEventNames") or DISALLOWED in text or answer.get("code", "Success") != "Success"
-    whole = all(type(count) is int for count in counts)  # == would take true and 1.0 for 1
-    adds_up = whole and counts == (len(emails) - len(unconfirmed), len(unconfirmed)) and not refusal
-    reason = "" if adds_up else "the answer does not add up"
-    return CallResult(endpoint, adds_up, status, reason=reason, unconfirmed=unconfirmed)
+    if status // 100 == 2 and counts == (len(emails) - len(unconfirmed), len(unconfirmed)) and not refusal:
+        return CallResult(endpoint, True, status, unconfirmed=unconfirmed)
+    result = interpret(endpoint, status, text)
+    reason = "the answer does not add up" if status // 100 == 2 else result.reason
+    return replace(result, ok=False, code=None, reason=reason)  # a code would be said of the whole group
 
 
 def parse(text: str) -> dict[str, Any]:
@@ -304,12 +277,14 @@ class RateLimiter:
     second, for the limit is shared with everything else that writes to the project.
     """
 
+    MARGIN = 0.02  # seconds more for a second's worth of calls, for some take longer to arrive than others
+    SLOW_MARGIN = 0.05  # likewise, where that is 10 calls or fewer
     SLACK = 0.005  # seconds that a late thread may make up for
     PAUSE = 0.25  # seconds, where the answer does not ask for a longer one
     LOOK = 0.1  # seconds after which a wait looks whether the run is stopping
 
-    def __init__(self, rate: float, margin: float, stop: Event) -> None:
-        self._full = self._fallen_to = rate / (1 + margin)
+    def __init__(self, rate: float, stop: Event) -> None:
+        self._full = self._fallen_to = rate / (1 + (self.MARGIN if rate > 10 else self.SLOW_MARGIN))
         self._stop = stop
         self._turn = Lock()  # of the one thread that waits: were many to wake late, they would start together
         self._lock = Lock()
@@ -343,8 +318,7 @@ class RateLimiter:
 
 
 class IterableClient:
-    """The calls of one Iterable project, for many threads at once. A group of one goes to the single endpoint, a larger
-    one to the bulk endpoint; the caller need not know which.
+    """The calls of one Iterable project, for many threads at once.
 
     `rate` is that of users/update in calls a second; the other endpoints get the same share of their own limits.
     `timeout` is in seconds, for an answer to begin and again for its body. `workers` is the number of threads, and so
@@ -355,65 +329,53 @@ class IterableClient:
     def __init__(
         self, base_url: str, api_key: str, rate: float, timeout: float, workers: int, retry: RetryPolicy, stop: Event
     ) -> None:
-        self._rate, self._timeout, self._retry = rate, timeout, retry
+        self._share, self._timeout, self._retry = rate / LIMITS[USERS_UPDATE], timeout, retry
         self._stop, self._halted = stop, Event()
-        endpoints = (USERS_UPDATE, EVENTS_TRACK, USERS_BULK_UPDATE, EVENTS_TRACK_BULK)
-        self._limiters = {each: RateLimiter(each.rate(rate), each.margin, stop) for each in endpoints}
+        self._limiters = {each: RateLimiter(limit * self._share, stop) for each, limit in LIMITS.items()}
         self._headers = {"Api-Key": api_key, "Content-Type": "application/json", "User-Agent": "iterable-integration/2"}
         self.redact: Callable[[str], str] = lambda text: text.replace(api_key or "\0", "[secret]")
         self._pool = connection_pool(base_url, workers)
-        self._counting = Lock()
-        self.calls = self.retries = 0  # requests made, and those of them that were not the first of their call
+        self.attempts: list[int] = []  # of every request made, which try of its call it was
         self.refused: CallResult | None = None  # the answer that refused the API key
 
     def cost(self, users: int, *, bulk: bool) -> tuple[int, float]:
         """How many calls so many users take, and how many seconds at the rate limit."""
         groups = math.ceil(users / MOST_ITEMS) if bulk else users
-        return 2 * groups, groups / (USERS_BULK_UPDATE if bulk else USERS_UPDATE).rate(self._rate)
+        return 2 * groups, groups / (self._share * LIMITS[USERS_BULK_UPDATE if bulk else USERS_UPDATE])
 
     def halt(self) -> None:
         """Nothing is sent from now on; the calls on the wire end by themselves."""
         self._halted.set()
         self._stop.set()
 
-    def update_users(self, users: Sequence[Payload]) -> Verdicts:
-        """POST users/update or users/bulkUpdate; a verdict for each, in their order.
+    def post(self, endpoint: str, bodies: Mapping[str, str]) -> dict[str, CallResult]:
+        """POST to users/update or events/track the JSON of one, by address; or that of more to its bulk endpoint.
 
-        None is no verdict: a stop came first, or the answer to the group does not confirm this user.
+        The verdicts, by address. Who has none is left out: a stop came first, or the answer to the group does not
+        confirm this user. Events are sent once even after a stop, so that a started user is whole.
         """
-        return self._send(USERS_UPDATE, USERS_BULK_UPDATE, users, unless=self._stop)
+        unless = self._halted if endpoint == EVENTS_TRACK else self._stop
+        result = self._call(endpoint if len(bodies) == 1 else BULK[endpoint], bodies, unless) if bodies else None
+        if result is None:
+            return {}
+        if result.ok or len(bodies) == 1 or unless.is_set():  # then none is sent singly, and all may have arrived
+            return dict.fromkeys(bodies.keys() - result.unconfirmed, result)
+        words = "%s: %s; its %d users are sent singly"
+        log.info(words, result.headline, result.reason, len(bodies), extra={"file_only": True})
+        return {}
 
-    def track_events(self, events: Sequence[Payload]) -> Verdicts:
-        """POST events/track or events/trackBulk, likewise; once even after a stop, so that a started user is whole."""
-        return self._send(EVENTS_TRACK, EVENTS_TRACK_BULK, events, unless=self._halted)
-
-    def _send(self, single: Endpoint, bulk: Endpoint, group: Sequence[Payload], unless: Event) -> Verdicts:
-        if len(group) < 2:
-            return [self._call(single, group, unless) for _ in group]
-        result = self._call(bulk, group, unless)
-        if result and result.ok:
-            return [None if each.email in result.unconfirmed else result for each in group]
-        if result and unless.is_set():  # nobody is sent singly any more, and the group may have arrived
-            return [result] * len(group)
-        if result:
-            words = "%s: %s; its %d users are sent singly"
-            log.info(words, result.headline, result.reason, len(group), extra={"file_only": True})
-        return [None] * len(group)
-
-    def _call(self, endpoint: Endpoint, group: Sequence[Payload], unless: Event) -> CallResult | None:
+    def _call(self, endpoint: str, bodies: Mapping[str, str], unless: Event) -> CallResult | None:
         """One call, tried again as often as contract 5 says. `unless` forbids the first try, a stop any other."""
-        items = ",".join(payload.json for payload in group)
-        body = (f'{{"{endpoint.items}":[{items}]}}' if endpoint.items else items).encode()
+        items = ",".join(bodies.values())
+        body = (f'{{"{ITEMS[endpoint]}":[{items}]}}' if endpoint in ITEMS else items).encode()
         limiter, result = self._limiters[endpoint], None
         tries, throttled_since = 0, 0.0  # a 429 is no try
         for attempt in itertools.count(1):
             if not limiter.acquire(unless if attempt == 1 else self._stop):
                 break
-            with self._counting:
-                self.calls += 1
-                self.retries += attempt > 1
+            self.attempts.append(attempt)
             sent_at = monotonic()
-            answer, retry_after = self._exchange(endpoint, body, [payload.email for payload in group])
+            answer, retry_after = self._exchange(endpoint, body, list(bodies))
             result = replace(answer, attempts=attempt)
             if result.status in (401, 403):
                 self.refused = result
@@ -428,23 +390,23 @@ class IterableClient:
             if not result.retryable or tries >= self._retry.max_attempts:
                 break
             wait = self._retry.wait(tries) if retry_after is None else retry_after
-            log.debug("%s: %s; next try in %.1f s", endpoint.path, result.reason, wait)
+            log.debug("%s: %s; next try in %.1f s", endpoint, result.reason, wait)
             if self._stop.wait(wait):
                 break
         return result
 
-    def _exchange(self, endpoint: Endpoint, body: bytes, emails: list[str]) -> tuple[CallResult, float | None]:
+    def _exchange(self, endpoint: str, body: bytes, emails: list[str]) -> tuple[CallResult, float | None]:
         """One request and its answer, with the seconds of its Retry-After. The one place where bytes leave."""
-        log.debug("%s: %s", endpoint.path, body if len(emails) == 1 else f"{len(emails)} in {len(body)} bytes")
+        log.debug("%s: %s", endpoint, body if len(emails) == 1 else f"{len(emails)} in {len(body)} bytes")
         timeout = urllib3.Timeout(connect=min(self._timeout, 10.0), read=self._timeout)
         options: dict[str, Any] = {"redirect": False, "retries": False, "timeout": timeout, "preload_content": False}
         try:
-            response = self._pool.urlopen("POST", f"/api/{endpoint.path}", body=body, headers=self._headers, **options)
-            answer = endpoint.path, response.status, read(response, self._timeout, most=65_536 + 2000 * len(emails))
-            result = interpret_bulk(*answer, emails) if endpoint.items else interpret(*answer)
+            response = self._pool.urlopen("POST", f"/api/{endpoint}", body=body, headers=self._headers, **options)
+            answer = endpoint, response.status, read(response, self._timeout, most=65_536 + 2000 * len(emails))
+            result = interpret_bulk(*answer, emails) if endpoint in ITEMS else interpret(*answer)
             retry_after = self._retry.retry_after(response.headers.get("Retry-After"))
         except Exception as error:  # noqa: BLE001 - what nobody thought of costs this call, and not the run
-            result, retry_after = interpret_error(endpoint.path, error), None
+            result, retry_after = interpret_error(endpoint, error), None
         reason = result.reason.replace(emails[0] or "\0", "<email>")  # so that equal reasons can be counted
         texts = (result.code or "", result.message, reason, result.body)
         code, message, reason, shown = (self.redact(text)[:LONGEST_TEXT] for text in texts)
@@ -457,15 +419,13 @@ def read(response: urllib3.BaseHTTPResponse, timeout: float, most: int) -> str:
     The socket's own time-out starts again with each byte, so an answer that drips would hold a worker for ever.
     """
     content, deadline = b"", monotonic() + timeout
-    with response:  # closes the connection, unless the answer was read to its end: then it is in the pool by now
-        try:
-            while len(content) < most and (more := response.read1(65_536)):
-                content += more
-                if monotonic() > deadline:
-                    raise failures.TimeoutError  # of a refusal, what came is enough
-        except failures.HTTPError:
-            if response.status < 300:
-                raise
+    forgiven = [failures.HTTPError] if response.status >= 300 else []
+    # The response closes its connection, unless the answer was read to its end: then it is in the pool by now.
+    with response, contextlib.suppress(*forgiven):
+        while len(content) < most and (more := response.read1(65_536)):
+            content += more
+            if monotonic() > deadline:
+                raise failures.TimeoutError
     return content.decode("utf-8", "replace")
 
 

@@ -35,7 +35,7 @@ try:
     import iterable_client as api
     import logger_config
     from db_connection import DatabaseConnection, DatabaseError, Record, read_query
-    from iterable_client import CallResult, IterableClient, Payload
+    from iterable_client import CallResult, IterableClient
     from logger_config import FILE_ONLY, AlreadyRunning, ResultsFile, lock_folder, read_memory, redactor, setup_logger
 except ModuleNotFoundError as missing:
     advice = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt, then .venv/bin/python main.py"
@@ -49,7 +49,6 @@ UNUSABLE_IN_A_ROW = 20  # users without a usable answer, after which the run is 
 ROOM = 200_000_000  # bytes of addresses to be free for a new thread: it hangs or crashes where there are none
 MOST_IN_FLIGHT = 10_000  # users of a run in bulk: more would only wait for their turn, and take room
 MANY, LARGE = 100, 5000  # users, above which the console shows progress, and above which --bulk is recommended
-NOTHING = Payload()  # of a user who is not to be sent
 SHOWN_FAILURES, SHOWN_REASONS, SHOWN_PAYLOADS = 20, 10, 3
 
 log = logging.getLogger(__name__)
@@ -203,11 +202,11 @@ class Delivery:
 
     record: int  # its number, from 1
     user_id: int | str | None
-    email: str | None
+    email: Any  # as the row has it, and once it is to be sent, the address
     event_id: str | None = None
     fingerprint: str | None = None
-    user: Payload = NOTHING
-    event: Payload = NOTHING
+    user: str = ""  # its payload in JSON, which is made once: to be sent, measured, hashed and shown
+    event: str = ""  # likewise
     problem: str = ""  # why the row cannot be sent
     without_calls: str = "not_attempted"  # the status while no call was made: also would_send and unchanged
     users_update: CallResult | None = None
@@ -254,9 +253,9 @@ def prepare(number: int, record: Record, settings: Settings, seen: dict[str, Any
         delivery.problem = str(problem)
         return delivery
     email, event_id = delivery.email, delivery.event_id = user["email"], event["id"]
-    delivery.user, delivery.event = Payload(email, api.compact_json(user)), Payload(email, api.compact_json(event))
+    delivery.user, delivery.event = api.compact_json(user), api.compact_json(event)
     project = f"{settings.iterable_api_base_url} {settings.iterable_api_key}"
-    hashed = f"{delivery.user.json} {delivery.event.json} {project}"
+    hashed = f"{delivery.user} {delivery.event} {project}"
     delivery.fingerprint = hashlib.sha256(hashed.encode()).hexdigest()
     if email in seen:
         delivery.problem = f"customer {seen[email]} has the same address: merge the two"
@@ -313,12 +312,13 @@ def listen_for_signals() -> Stop:
 
 def send(group: list[Delivery], client: IterableClient) -> list[Delivery]:
     """Both calls of a group, as far as they are still to be made. Runs in many threads."""
-    update = [each for each in group if each.users_update is None]
-    for each, result in zip(update, client.update_users([each.user for each in update]), strict=True):
-        each.users_update = result
-    track = [each for each in group if each.users_update and not each.users_update.forgotten]
-    for each, result in zip(track, client.track_events([each.event for each in track]), strict=True):
-        each.events_track = result
+    updated = client.post(api.USERS_UPDATE, {each.email: each.user for each in group if not each.users_update})
+    for each in group:
+        each.users_update = each.users_update or updated.get(each.email)
+    events = {each.email: each.event for each in group if each.users_update and not each.users_update.forgotten}
+    tracked = client.post(api.EVENTS_TRACK, events)
+    for each in group:
+        each.events_track = tracked.get(each.email)
     return group
 
 
@@ -327,7 +327,7 @@ def in_groups(deliveries: Iterable[Delivery], most: int) -> Iterator[list[Delive
     group: list[Delivery] = []
     size = 0
     for delivery in deliveries:
-        length = len(delivery.user.json) + len(delivery.event.json) + 2
+        length = len(delivery.user) + len(delivery.event) + 2
         if group and (len(group) == most or size + length > api.MOST_BYTES):
             yield group
             group, size = [], 0
@@ -439,7 +439,7 @@ class Report:
         line = delivery.as_line()
         status, text = line["status"], logger_config.to_json(line)
         if status == "would_send":
-            payloads = f'{{"users_update": {delivery.user.json}, "events_track": {delivery.event.json}}}'
+            payloads = f'{{"users_update": {delivery.user}, "events_track": {delivery.event}}}'
             text = f'{text[:-1]}, "payloads": {payloads}}}'
         try:
             if status != "unchanged":
@@ -468,8 +468,8 @@ class Report:
         failed = status.endswith("failure")
         level = logging.ERROR if failed else logging.INFO
         if status == "would_send" and self.counts[status] <= SHOWN_PAYLOADS:
-            log.info("users/update %s", logger_config.to_json(json.loads(delivery.user.json)))
-            log.info("events/track %s", logger_config.to_json(json.loads(delivery.event.json)))
+            log.info("users/update %s", logger_config.to_json(json.loads(delivery.user)))
+            log.info("events/track %s", logger_config.to_json(json.loads(delivery.event)))
         if status not in TOLD:
             return
         who = str(delivery.email or "").strip()[:320] or f"customer {delivery.user_id}"
@@ -517,8 +517,8 @@ class Report:
             "forgotten": counts["forgotten"],
             "unchanged": counts["unchanged"],
             "not_attempted": counts["not_attempted"] + counts["would_send"],
-            "calls": client.calls,
-            "retries": client.retries,
+            "calls": len(client.attempts),
+            "retries": len(client.attempts) - client.attempts.count(1),
             "duration_seconds": seconds,
             "users_per_second": speed,
             "failure_reasons": [{**reason._asdict(), "count": count} for reason, count in reasons],
@@ -654,7 +654,7 @@ def check(settings: Settings, options: argparse.Namespace, stop: Stop) -> int:
             [row] = database().execute_query(read_query(QUERIES, "future_views"))
             if row["latest"]:
                 raise DatabaseError(f"{row['latest']} is in the future: event_time must be UTC, and not local time")
-    answer = functools.cache(lambda: iterable_client(settings, stop).update_users([Payload(json="{}")])[0])
+    answer = functools.cache(lambda: iterable_client(settings, stop).post(api.USERS_UPDATE, {"": "{}"}).get(""))
     with item(codes, GIVEN_UP, f"Iterable can be reached at {settings.iterable_api_base_url}"):
         if (result := answer()) and not result.usable:
             raise OSError(result.reason)

@@ -328,7 +328,7 @@ NEW = "ZeroDivisionError('nobody thought of it')"
 @pytest.mark.parametrize(
     ("what", "words", "error", "outcome"),
     [
-        ("iterable_client.IterableClient.track_events", "user5@", NEW, "aborted"),
+        ("iterable_client.IterableClient.post", "'events/track', {'user5@", NEW, "aborted"),
         ("iterable_client.interpret", "", NEW, "completed"),
         ("logger_config.verdict", "", "MemoryError", "aborted"),
         ("logger_config.ResultsFile.add", "user5@", NEW, "aborted"),

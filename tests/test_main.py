@@ -10,7 +10,7 @@ import re
 import tempfile
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 import iterable_client
 import main
 from db_connection import DatabaseConnection, Record
-from iterable_client import CallResult, IterableClient, Payload
+from iterable_client import CallResult, IterableClient
 from lab import process
 from logger_config import ResultsFile
 from main import Report, Settings, SettingsError, Stop, parse_arguments, prepare
@@ -306,10 +306,10 @@ class Answering:
         answers, unconfirmed = self.users[number - 1]
         return answers[endpoint == TRACK] == 200 and endpoint not in unconfirmed
 
-    def answer(self, endpoint: str, payloads: Sequence[Payload]) -> list[CallResult | None]:
+    def answer(self, endpoint: str, bodies: Mapping[str, str]) -> dict[str, CallResult]:
         if endpoint == UPDATE and self.stop.is_set():
-            return [None] * len(payloads)
-        numbers = [int(payload.email.split("@")[0]) for payload in payloads]
+            return {}
+        numbers = [int(email.split("@")[0]) for email in bodies]
         with self._lock:
             self.sent += [(endpoint, numbers)] if numbers else []
             if len(self.sent) >= self._stop_after:
@@ -317,7 +317,8 @@ class Answering:
         statuses = [self.users[number - 1][0][endpoint == TRACK] for number in numbers]
         results = [CallResult(endpoint, status == 200, status, CODES.get(status)) for status in statuses]
         settled = [len(numbers) == 1 or self.settles(endpoint, number) for number in numbers]
-        return [each if each.status != 0 and known else None for each, known in zip(results, settled, strict=True)]
+        verdicts = zip(bodies, results, settled, strict=True)
+        return {email: each for email, each, known in verdicts if each.status != 0 and known}
 
 
 def run(iterable: Answering, *arguments: str, most: int = 1000) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -328,8 +329,7 @@ def run(iterable: Answering, *arguments: str, most: int = 1000) -> tuple[list[di
         patch.setattr(DatabaseConnection, "__enter__", lambda self: self)
         patch.setattr(DatabaseConnection, "__exit__", lambda *_: None)
         patch.setattr(DatabaseConnection, "read_records", lambda *_: rows)
-        patch.setattr(IterableClient, "update_users", lambda _, users: iterable.answer(UPDATE, users))
-        patch.setattr(IterableClient, "track_events", lambda _, events: iterable.answer(TRACK, events))
+        patch.setattr(IterableClient, "post", lambda _, endpoint, bodies: iterable.answer(endpoint, bodies))
         patch.setattr(iterable_client, "MOST_ITEMS", most)
         patch.setenv("REQUESTS_CA_BUNDLE", folder)  # an empty one: to load all authorities takes longer than the run
         settings = replace(SETTINGS, results_dir=Path(folder), max_workers=3)
