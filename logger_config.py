@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
-import itertools
 import json
 import logging
 import logging.handlers
 import os
 import re
-import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +19,8 @@ from typing import Any
 from urllib.parse import quote, quote_plus
 
 FILE_ONLY = {"file_only": True}  # the `extra` of a log record that is not for the console
+
+_open_private = functools.partial(os.open, mode=0o600)
 
 log = logging.getLogger(__name__)
 
@@ -68,11 +68,8 @@ def setup_logger(
         logging.getLogger(package).setLevel(logging.ERROR)
     sys.excepthook = lambda kind, error, trace: log.critical("Unexpected error", exc_info=(kind, error, trace))
     if log_file:
-        try:
-            log_file.parent.mkdir(parents=True, exist_ok=True)
-            file = _PrivateLogFile(log_file, maxBytes=10_000_000, backupCount=5)
-        except OSError as error:
-            raise OSError(f"LOG_FILE cannot be written: {error}") from error
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        file = _PrivateLogFile(log_file, maxBytes=10_000_000, backupCount=5)
         file.setLevel(level)
         file.addFilter(lambda record: record.msg != "")  # empty lines are for the console
         file.setFormatter(_Formatter("%(asctime)s %(levelname)-7s %(module)s: %(message)s", redact))
@@ -119,13 +116,6 @@ class _PrivateLogFile(logging.handlers.RotatingFileHandler):
             log.error("The log file %s cannot be written: %s", self.baseFilename, sys.exc_info()[1])
 
 
-def _open_private(name: str, flags: int) -> int:
-    descriptor = os.open(name, flags, 0o600)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):  # and not /dev/null
-        os.fchmod(descriptor, 0o600)
-    return descriptor
-
-
 # The results folder
 
 
@@ -136,12 +126,8 @@ class AlreadyRunning(Exception):
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which the kernel releases with the process. Raises AlreadyRunning, OSError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".integration_results.lock", "a+", errors="replace", opener=_open_private)  # noqa: SIM115
-    except OSError as error:
-        raise OSError(f"RESULTS_DIR cannot be written: {error}") from error
-    with lock:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".integration_results.lock", "a+", errors="replace", opener=_open_private) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -210,16 +196,13 @@ class ResultsFile:
 # The memory of --changed-only: what the results files of the folder say
 
 
-def verdict(line: Mapping[str, Any]) -> str | None:
-    """What the memory keeps of a user's line: who was told what, or who failed with what and why."""
-    fingerprint = line["fingerprint"]
+def verdict(line: Mapping[str, Any]) -> str:
+    """What the memory keeps of a user's line: the fingerprint of who was told, else also what failed and why."""
     if line["status"] == "success":
-        return str(fingerprint)
-    if not line["status"].endswith("failure"):
-        return None
+        return str(line["fingerprint"])
     calls = [line[name] for name in ("users_update", "events_track") if line[name] and not line[name]["ok"]]
     reasons = [[call[key] for key in ("endpoint", "status", "code", "message")] for call in calls]
-    return to_json([fingerprint, line.get("problem"), reasons])
+    return to_json([line["status"], line["fingerprint"], line.get("problem"), reasons])
 
 
 def read_memory(folder: Path) -> dict[str, str]:
@@ -232,31 +215,23 @@ def read_memory(folder: Path) -> dict[str, str]:
     for _, _, path, mode in _earlier_runs(folder, complain=True):
         if mode != "send":
             continue
-        killed, whole, damaged = path.suffix == ".partial", False, 0
+        damaged = 0
         with path.open(encoding="utf-8", errors="surrogateescape") as lines:
-            for text in itertools.islice(lines, 3, None):
-                if whole := text == "],\n":
-                    break
-                torn = killed and not text.endswith("\n")  # at most: it may be whole, too
-                damaged += not (text.isspace() or _remember(text, memory, told=not killed) or torn)
-        damaged += not (whole or killed)
-        if damaged:
-            log.warning("%s is used as memory in part: %d line(s) are damaged or missing", path, damaged)
+            for text in lines:
+                if text.startswith('{"'):  # a user's, and nobody else's
+                    damaged += not _remember(text, memory)
+        if damaged > (path.suffix == ".partial"):  # a run that was killed leaves one line torn
+            log.warning("%s is used as memory in part: %d line(s) are damaged", path, damaged)
     return memory
 
 
-def _remember(text: str, memory: dict[str, str], *, told: bool) -> bool:
-    """Whether the line was whole. A failure is known when it was `told`, which a killed run may not have come to."""
+def _remember(text: str, memory: dict[str, str]) -> bool:
+    """Whether the line was whole."""
     try:
-        line, end = from_json(text)
-        user, status, fingerprint = str(line["user_id"]), line["status"], line["fingerprint"]
-        if text[end:].strip(",\n"):  # the beginning of the next line is lost
-            return False
-        news, known = verdict(line), memory.get(user, "")
-        if news and (told or status == "success"):
-            memory[user] = news
-        elif news != known and (status != "not_attempted" or (fingerprint and fingerprint not in known)):
-            memory.pop(user, None)
+        line, _ = from_json(text)  # what follows it, but for a comma, is the rest of a lost line
+        user, fingerprint = str(line["user_id"]), line["fingerprint"]
+        if line["status"] != "not_attempted" or (fingerprint and fingerprint not in memory.get(user, "")):
+            memory[user] = verdict(line)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
     return True

@@ -341,8 +341,8 @@ def test_a_large_run_says_once_what_bulk_would_save(program: Program, customers:
     ("change", "code", "words"),
     [
         ({"DB_PORT": "0"}, 2, "Settings: DB_PORT must be a whole number from 1 to 65535. Set them in "),
-        ({"LOG_FILE": "/"}, 2, "LOG_FILE cannot be written: [Errno 21]"),
-        ({"RESULTS_DIR": "/dev/null/x"}, 2, "RESULTS_DIR cannot be written: [Errno 20]"),
+        ({"LOG_FILE": "/"}, 2, "[Errno 21] Is a directory: '/'"),
+        ({"RESULTS_DIR": "/dev/null/x"}, 2, "[Errno 20] Not a directory: '/dev/null/x'"),
         ({"REQUESTS_CA_BUNDLE": "/no/ca"}, 2, "The CA file /no/ca (REQUESTS_CA_BUNDLE) cannot be read"),
         ({"DB_PASSWORD": "wrong"}, 3, "The database refused the login: check DB_USER and DB_PASSWORD (1045"),
     ],
