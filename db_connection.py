@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import socket
-import ssl
 import struct
 import subprocess
 import sys
@@ -23,6 +21,7 @@ _WHOLE_NUMBERS = (FieldType.TINY, FieldType.SHORT, FieldType.INT24, FieldType.LO
 _SHARED = ("plan_type", "page", "browser", "location")  # columns of which many rows have the same text
 _OLDEST = {"MySQL": (8, 0), "MariaDB": (10, 2)}  # the first with window functions and CTEs
 _CURES: dict[int | None, str] = {  # by the number that server or client give the error
+    **dict.fromkeys((None, -1), "There is no connection to the database: check DB_HOST, DB_PORT and DB_SSL_CA"),
     1040: "The database has no connection left: try again later, or raise max_connections",
     1044: "DB_USER may not use this database: check DB_NAME, or GRANT SELECT on it to the user",
     **dict.fromkeys((1045, 1698), "The database refused the login: check DB_USER and DB_PASSWORD"),
@@ -32,8 +31,7 @@ _CURES: dict[int | None, str] = {  # by the number that server or client give th
     1146: "A table is missing: check DB_NAME, or load database_setup.sql",
     2002: "No database answers on this socket: check DB_HOST, and that the server runs",
     2003: "No database answers there: check DB_HOST and DB_PORT, and that the server runs",
-    2005: "The database's host name is unknown: check DB_HOST, and the network's DNS",
-    **dict.fromkeys((2013, 2055), "The database closed the connection: check that the server runs, then run again"),
+    **dict.fromkeys((2013, 2055), "The database connection broke: check that the server runs, and DB_SSL_CA if set"),
     2026: "The encrypted connection to the database failed: check DB_SSL_CA and the server's certificate",
     3024: f"The database was silent for {QUERY_TIMEOUT} s: look for locks, and for a missing index",
 }
@@ -68,8 +66,6 @@ class DatabaseConnection:
     name are verified. Entering it and its methods raise DatabaseError.
     """
 
-    server = ""  # kind and version, such as `MariaDB 10.11.6`, once connected
-
     def __init__(self, host: str, port: int, user: str, password: str, database: str, ssl_ca: str = "") -> None:
         self._config: dict[str, Any] = {
             "user": user,
@@ -91,7 +87,7 @@ class DatabaseConnection:
     def __enter__(self) -> DatabaseConnection:
         with _errors_in_words():
             self._connection: Any = mysql.connector.connect(**self._config)
-        self.server = self._check_version()
+        self._check_version()
         self.execute_query("SET SESSION TRANSACTION READ ONLY")
         return self
 
@@ -110,8 +106,7 @@ class DatabaseConnection:
         with _errors_in_words(), self._connection.cursor() as cursor:
             cursor.execute(sql)
             if cursor.column_names != Record._fields:
-                wanted, found = ", ".join(Record._fields), ", ".join(cursor.column_names)
-                raise DatabaseError(f"Query 2 must return {wanted}, not {found}: restore phase2_queries.sql")
+                raise DatabaseError(f"Query 2 must return {', '.join(Record._fields)}: restore phase2_queries.sql")
             parsers = [_parser(kind, shared=column in _SHARED) for column, kind, *_ in cursor.description]
             records: list[Record] = []
             end = None
@@ -122,13 +117,11 @@ class DatabaseConnection:
                 records += map(Record._make, zip(*values, strict=True))
             return records
 
-    def _check_version(self) -> str:
+    def _check_version(self) -> None:
         version = str(self.execute_query("SELECT VERSION() AS version")[0]["version"])
         kind = "MariaDB" if "mariadb" in version.lower() else "MySQL"
-        numbers = re.findall(r"\d+", version)[:3]
-        if tuple(map(int, numbers[:2])) < _OLDEST[kind]:
+        if tuple(map(int, re.findall(r"\d+", version)[:2])) < _OLDEST[kind]:
             raise DatabaseError(f"{kind} {version} is too old: the query needs MySQL 8.0 or MariaDB 10.2, or later")
-        return f"{kind} {'.'.join(numbers)}"
 
 
 def _parser(kind: int, *, shared: bool) -> Callable[[bytes | None], Any]:
@@ -145,11 +138,5 @@ def _errors_in_words() -> Iterator[None]:
     try:
         yield
     except _ERRORS as error:
-        number: Any = getattr(error, "errno", None)
-        # To these two the connector gives no number, or that of a lost connection.
-        if isinstance(error, UnicodeError) or isinstance(error.__cause__, socket.gaierror):
-            number = 2005
-        elif isinstance(error.__cause__, ssl.SSLError):
-            number = 2026
-        cure, said = _CURES.get(number, "The database reported an error"), " ".join(str(error).split())
-        raise DatabaseError(f"{cure} ({said})") from error
+        cure = _CURES.get(getattr(error, "errno", None), "The database reported an error")
+        raise DatabaseError(f"{cure} ({' '.join(str(error).split())})") from error

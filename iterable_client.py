@@ -11,7 +11,7 @@ import os
 import random
 import re
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from threading import Event, Lock
@@ -28,12 +28,11 @@ log = logging.getLogger(__name__)
 
 # What is sent
 
-
 USERS_UPDATE, USERS_BULK_UPDATE = "users/update", "users/bulkUpdate"
 EVENTS_TRACK, EVENTS_TRACK_BULK = "events/track", "events/trackBulk"
 BULK = {USERS_UPDATE: USERS_BULK_UPDATE, EVENTS_TRACK: EVENTS_TRACK_BULK}
 LIMITS = {USERS_UPDATE: 500, EVENTS_TRACK: 2000, USERS_BULK_UPDATE: 5, EVENTS_TRACK_BULK: 10}  # calls a second
-ITEMS = {USERS_BULK_UPDATE: "users", EVENTS_TRACK_BULK: "events"}  # the key of the list in a bulk body
+BULK_BODY = {USERS_BULK_UPDATE: '{"users":[%s]}', EVENTS_TRACK_BULK: '{"events":[%s]}'}
 MOST_ITEMS = 1000  # of a bulk body
 MOST_BYTES = 1_000_000  # of a bulk body: Iterable takes 4 MB of users, and does not say how much of events
 
@@ -42,18 +41,14 @@ NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what stands in a record for bytes th
 compact_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
-class UnusableRow(ValueError):
-    """The row cannot be sent. The text says why: what to do."""
-
-
 def user_payload(record: Any) -> dict[str, Any]:
-    """The object of users/update (contract 4) for a row of Query 2. Raises UnusableRow."""
+    """The object of users/update (contract 4) for a row of Query 2. Raises ValueError: why it cannot be sent."""
     fields = {**texts(record, "first_name", "plan_type"), "recent_page_view": True, "candidate": "yes"}
     return {"email": address(record), "dataFields": fields}
 
 
 def event_payload(record: Any) -> dict[str, Any]:
-    """The object of events/track (contract 4) for a row of Query 2, whose `event_time` is UTC. Raises UnusableRow.
+    """The object of events/track (contract 4) for a row of Query 2, whose `event_time` is UTC. Raises ValueError.
 
     `id` and `createdAt` make a repeat harmless: the same view is the same event, at its own time.
     """
@@ -61,10 +56,10 @@ def event_payload(record: Any) -> dict[str, Any]:
     try:
         at = datetime.fromisoformat(f"{time[1]}+00:00" if time else "")
     except ValueError:
-        raise UnusableRow("event_time is not a date with a time: correct the column in page_views") from None
+        raise ValueError("event_time is not a date with a time: correct the column in page_views") from None
     event_id = f"page-view-{'?' if record.view_id is None else record.view_id}"
     if not re.fullmatch(r"page-view-[A-Za-z0-9-]{1,502}", event_id):
-        raise UnusableRow("the view's id is none for an event (letters, digits and - only): correct it in page_views")
+        raise ValueError("the view's id is none for an event (letters, digits and - only): correct it in page_views")
     fields = {**texts(record, "page", "browser", "location"), "timestamp": str(at)[:19], "candidate": "yes"}
     email, seconds = address(record), int(at.timestamp())
     return {"email": email, "eventName": "page_view", "id": event_id, "createdAt": seconds, "dataFields": fields}
@@ -73,7 +68,7 @@ def event_payload(record: Any) -> dict[str, Any]:
 def address(record: Any) -> str:
     email = str(record.email or "").strip().lower()
     if "@" not in email or NOT_UTF8.search(email):
-        raise UnusableRow("no usable e-mail address: correct it in the customers table")
+        raise ValueError("no usable e-mail address: correct it in the customers table")
     return email
 
 
@@ -82,8 +77,23 @@ def texts(record: Any, *columns: str) -> dict[str, str]:
     found = {column: str(value) for column in columns if (value := getattr(record, column)) is not None}
     for column, text in found.items():
         if not text.isascii() and NOT_UTF8.search(text):
-            raise UnusableRow(f"{column} is no text in UTF-8: change the column's type")
+            raise ValueError(f"{column} is no text in UTF-8: change the column's type")
     return found
+
+
+def in_groups(deliveries: Iterable[Any], most: int) -> Iterator[list[Any]]:
+    """Groups of at most `most` and 1 MB, by the `user` and `event` payloads of each."""
+    group: list[Any] = []
+    size = 0
+    for delivery in deliveries:
+        length = len(delivery.user) + len(delivery.event) + 2
+        if group and (len(group) == most or size + length > MOST_BYTES):
+            yield group
+            group, size = [], 0
+        group.append(delivery)
+        size += length
+    if group:
+        yield group
 
 
 # What an answer means
@@ -168,7 +178,7 @@ def interpret(endpoint: str, status: int, text: str) -> CallResult:
     """What an answer means: the HTTP status first, then Iterable's `code` (contract 5)."""
     answer = parse(text)
     code, message = (answer[key] if isinstance(answer.get(key), str) else "" for key in ("code", "msg"))
-    if 200 <= status < 300 and code == "Success" and DISALLOWED not in message:
+    if status // 100 == 2 and code == "Success" and DISALLOWED not in message:
         return CallResult(endpoint, True, status, code, message)
     clash = code == "RequestFieldsTypesMismatched"
     advice = ADVICE.get(DISALLOWED if DISALLOWED in message else code) or ADVICE.get(status)
@@ -188,9 +198,8 @@ def interpret_bulk(endpoint: str, status: int, text: str, emails: Sequence[str])
     nested = answer.get("failedUpdates")
     lists = [*answer.items(), *(nested.items() if isinstance(nested, dict) else ())]
     # The conflict lists name the user who was there first, who may be another one of the group.
-    named_in = (each for key, each in lists if isinstance(each, list) and not key.startswith("conflict"))
-    entries = itertools.chain.from_iterable(named_in)
-    unconfirmed = frozenset(emails).intersection(entry.lower() for entry in entries if isinstance(entry, str))
+    named = [each for key, some in lists if isinstance(some, list) and not key.startswith("conflict") for each in some]
+    unconfirmed = frozenset(emails).intersection(each.lower() for each in named if isinstance(each, str))
     counts = answer.get("successCount"), answer.get("failCount")
     refusal = answer.get("disallowedEventNames") or DISALLOWED in text or answer.get("code", "Success") != "Success"
     if status // 100 == 2 and counts == (len(emails) - len(unconfirmed), len(unconfirmed)) and not refusal:
@@ -330,44 +339,38 @@ class IterableClient:
         self, base_url: str, api_key: str, rate: float, timeout: float, workers: int, retry: RetryPolicy, stop: Event
     ) -> None:
         self._share, self._timeout, self._retry = rate / LIMITS[USERS_UPDATE], timeout, retry
-        self._stop, self._halted = stop, Event()
+        self._stop = stop
+        self.halted = Event()  # once it is set, nothing more is sent; the calls on the wire end by themselves
         self._limiters = {each: RateLimiter(limit * self._share, stop) for each, limit in LIMITS.items()}
         self._headers = {"Api-Key": api_key, "Content-Type": "application/json", "User-Agent": "iterable-integration/2"}
         self.redact: Callable[[str], str] = lambda text: text.replace(api_key or "\0", "[secret]")
         self._pool = connection_pool(base_url, workers)
         self.attempts: list[int] = []  # of every request made, which try of its call it was
-        self.refused: CallResult | None = None  # the answer that refused the API key
+        self.refused = ""  # why, once an answer refused the API key
 
     def cost(self, users: int, *, bulk: bool) -> tuple[int, float]:
         """How many calls so many users take, and how many seconds at the rate limit."""
         groups = math.ceil(users / MOST_ITEMS) if bulk else users
         return 2 * groups, groups / (self._share * LIMITS[USERS_BULK_UPDATE if bulk else USERS_UPDATE])
 
-    def halt(self) -> None:
-        """Nothing is sent from now on; the calls on the wire end by themselves."""
-        self._halted.set()
-        self._stop.set()
-
     def post(self, endpoint: str, bodies: Mapping[str, str]) -> dict[str, CallResult]:
-        """POST to users/update or events/track the JSON of one, by address; or that of more to its bulk endpoint.
+        """POST the JSON of one address to `endpoint` (users/update or events/track), of more to its bulk endpoint.
 
-        The verdicts, by address. Who has none is left out: a stop came first, or the answer to the group does not
-        confirm this user. Events are sent once even after a stop, so that a started user is whole.
+        Returns the verdicts by address. Who has none is left out: a stop came first, or the answer to the group does
+        not confirm this user. Events are sent once even after a stop, so that a started user is whole.
         """
-        unless = self._halted if endpoint == EVENTS_TRACK else self._stop
+        unless = self.halted if endpoint == EVENTS_TRACK else self._stop
         result = self._call(endpoint if len(bodies) == 1 else BULK[endpoint], bodies, unless) if bodies else None
         if result is None:
             return {}
         if result.ok or len(bodies) == 1 or unless.is_set():  # then none is sent singly, and all may have arrived
             return dict.fromkeys(bodies.keys() - result.unconfirmed, result)
-        words = "%s: %s; its %d users are sent singly"
-        log.info(words, result.headline, result.reason, len(bodies), extra={"file_only": True})
+        log.info("%s: %s; its users are sent singly", result.headline, result.reason, extra={"file_only": True})
         return {}
 
     def _call(self, endpoint: str, bodies: Mapping[str, str], unless: Event) -> CallResult | None:
         """One call, tried again as often as contract 5 says. `unless` forbids the first try, a stop any other."""
-        items = ",".join(bodies.values())
-        body = (f'{{"{ITEMS[endpoint]}":[{items}]}}' if endpoint in ITEMS else items).encode()
+        body = (BULK_BODY.get(endpoint, "%s") % ",".join(bodies.values())).encode()
         limiter, result = self._limiters[endpoint], None
         tries, throttled_since = 0, 0.0  # a 429 is no try
         for attempt in itertools.count(1):
@@ -378,8 +381,9 @@ class IterableClient:
             answer, retry_after = self._exchange(endpoint, body, list(bodies))
             result = replace(answer, attempts=attempt)
             if result.status in (401, 403):
-                self.refused = result
-                self.halt()
+                self.refused = result.reason
+                self.halted.set()
+                self._stop.set()
             if result.retryable and result.status == 429:
                 limiter.throttled(sent_at, retry_after)
                 throttled_since = throttled_since or sent_at
@@ -403,7 +407,7 @@ class IterableClient:
         try:
             response = self._pool.urlopen("POST", f"/api/{endpoint}", body=body, headers=self._headers, **options)
             answer = endpoint, response.status, read(response, self._timeout, most=65_536 + 2000 * len(emails))
-            result = interpret_bulk(*answer, emails) if endpoint in ITEMS else interpret(*answer)
+            result = interpret_bulk(*answer, emails) if endpoint in BULK_BODY else interpret(*answer)
             retry_after = self._retry.retry_after(response.headers.get("Retry-After"))
         except Exception as error:  # noqa: BLE001 - what nobody thought of costs this call, and not the run
             result, retry_after = interpret_error(endpoint, error), None

@@ -20,8 +20,6 @@ from urllib.parse import quote, quote_plus
 
 FILE_ONLY = {"file_only": True}  # the `extra` of a log record that is not for the console
 
-_open_private = functools.partial(os.open, mode=0o600)
-
 log = logging.getLogger(__name__)
 
 
@@ -104,8 +102,11 @@ class _Console(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
+_open_private = functools.partial(os.open, mode=0o600)  # for `open`: a new file is its owner's alone
+
+
 class _PrivateLogFile(logging.handlers.RotatingFileHandler):
-    """A rotating log with mode 0600. When it cannot be written, the console says so, once, and the run goes on."""
+    """A rotating log. When it cannot be written, the console says so, once, and the run goes on."""
 
     def _open(self) -> Any:
         return open(self.baseFilename, "a", encoding="utf-8", errors="backslashreplace", opener=_open_private)
@@ -119,20 +120,16 @@ class _PrivateLogFile(logging.handlers.RotatingFileHandler):
 # The results folder
 
 
-class AlreadyRunning(Exception):
-    """Another run holds the results folder."""
-
-
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the kernel releases with the process. Raises AlreadyRunning, OSError."""
+    """Hold the folder's lock, which the kernel releases with the process. Raises OSError, BlockingIOError if in use."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".integration_results.lock", "a+", errors="replace", opener=_open_private) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise AlreadyRunning(f"Another run holds {folder}: {lock.read() or 'just begun'}") from None
+            raise BlockingIOError(f"Another run holds {folder}: {lock.read() or 'just begun'}") from None
         with contextlib.suppress(OSError):  # on a full disk it holds as well, without these words
             lock.truncate(0)
             os.write(lock.fileno(), f"process {os.getpid()}, since {datetime.now().astimezone():%F %T %z}".encode())
@@ -197,7 +194,7 @@ class ResultsFile:
 
 
 def verdict(line: Mapping[str, Any]) -> str:
-    """What the memory keeps of a user's line: the fingerprint of who was told, else also what failed and why."""
+    """What the memory keeps of a user's line: the fingerprint of who was told, else also the status and why."""
     if line["status"] == "success":
         return str(line["fingerprint"])
     calls = [line[name] for name in ("users_update", "events_track") if line[name] and not line[name]["ok"]]
@@ -215,12 +212,12 @@ def read_memory(folder: Path) -> dict[str, str]:
     for _, _, path, mode in _earlier_runs(folder, complain=True):
         if mode != "send":
             continue
-        damaged = 0
+        killed, damaged = path.suffix == ".partial", 0
         with path.open(encoding="utf-8", errors="surrogateescape") as lines:
             for text in lines:
-                if text.startswith('{"'):  # a user's, and nobody else's
-                    damaged += not _remember(text, memory)
-        if damaged > (path.suffix == ".partial"):  # a run that was killed leaves one line torn
+                if text.startswith('{"') and not _remember(text, memory):  # a user's, and nobody else's
+                    damaged += text.endswith("\n") or not killed  # which leaves its last line torn
+        if damaged:
             log.warning("%s is used as memory in part: %d line(s) are damaged", path, damaged)
     return memory
 

@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -36,7 +36,7 @@ try:
     import logger_config
     from db_connection import DatabaseConnection, DatabaseError, Record, read_query
     from iterable_client import CallResult, IterableClient
-    from logger_config import FILE_ONLY, AlreadyRunning, ResultsFile, lock_folder, read_memory, redactor, setup_logger
+    from logger_config import FILE_ONLY, ResultsFile, lock_folder, read_memory, redactor, setup_logger
 except ModuleNotFoundError as missing:
     advice = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt, then .venv/bin/python main.py"
     sys.stderr.write(f"The package {missing.name} is not installed for {sys.executable}: {advice}\n")
@@ -45,6 +45,7 @@ except ModuleNotFoundError as missing:
 HERE = Path(__file__).resolve().parent
 QUERIES = HERE / "phase2_queries.sql"
 SUCCESS, NOT_ALL, BAD_SETTINGS, BAD_DATABASE, GIVEN_UP, LOCKED = 0, 1, 2, 3, 4, 75  # exit codes (contract 3)
+EXIT_CODES = {DatabaseError: BAD_DATABASE, BlockingIOError: LOCKED, MemoryError: NOT_ALL, ConnectionError: GIVEN_UP}
 UNUSABLE_IN_A_ROW = 20  # users without a usable answer, after which the run is given up
 ROOM = 200_000_000  # bytes of addresses to be free for a new thread: it hangs or crashes where there are none
 MOST_IN_FLIGHT = 10_000  # users of a run in bulk: more would only wait for their turn, and take room
@@ -59,10 +60,6 @@ log = logging.getLogger(__name__)
 
 class SettingsError(Exception):
     """Settings are missing, empty, malformed or of no use. The text names them all, and no value of a setting."""
-
-    def __init__(self, complaints: list[str], env_file: Path) -> None:
-        cure = f"Set them in {env_file} (cp .env.example .env, then fill it in) or in the environment"
-        super().__init__(f"Settings: {'; '.join(complaints)}. {cure}. To see a run without any: bash tests/demo.sh")
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ class Settings:
 def load_environment_variables(
     env_file: Path = HERE / ".env", environ: Mapping[str, str] = os.environ, *, needs_key: bool = True
 ) -> Settings:
-    """The settings of `environ`, else of the `.env` file (contract 2). Raises SettingsError, all complaints at once."""
+    """The settings of `environ`, else of the `.env` file (contract 2). Raises OSError; SettingsError, all at once."""
     complaints: list[str] = []
     values = {**read_env_file(env_file, complaints), **environ}
     read_secret("DB_PASSWORD", values, complaints)
@@ -103,7 +100,7 @@ def load_environment_variables(
             if re.search("[\0\ud800-\udfff]", text):
                 raise ValueError("is not text")
             return parse(text)
-        except ValueError as complaint:
+        except (ValueError, argparse.ArgumentTypeError) as complaint:
             complaints.append(f"{name} {complaint}")
 
     settings = Settings(
@@ -124,21 +121,18 @@ def load_environment_variables(
         results_dir=get("RESULTS_DIR", ".", HERE.joinpath),
     )
     if complaints:
-        raise SettingsError(complaints, env_file)
+        raise SettingsError(f"Settings: {'; '.join(complaints)}. Set them in {env_file} (see .env.example)")
     return settings
 
 
 def read_env_file(env_file: Path, complaints: list[str]) -> dict[str, str | None]:
-    """What the file sets, as it stands there: a password may hold ${...}. There need not be a `.env`."""
+    """What the file sets, as it stands there: a password may hold ${...}. There need be no `.env`. Raises OSError."""
     if env_file == HERE / ".env" and not env_file.exists():
         return {}
-    try:
-        with env_file.open(encoding="utf-8-sig") as lines:
-            bindings = list(parse_stream(lines))
-    except (OSError, UnicodeDecodeError) as error:
-        complaints.append(f"{env_file} cannot be read ({getattr(error, 'strerror', None) or 'it is not text'})")
-        return {}
-    complaints += [f"line {each.original.line} of {env_file} cannot be read" for each in bindings if each.error]
+    with env_file.open(encoding="utf-8", errors="surrogateescape") as lines:
+        bindings = list(parse_stream(lines))
+    bad = (each for each in bindings if each.error or not (each.key or "").isprintable())
+    complaints += [f"line {each.original.line} of {env_file} cannot be read" for each in bad]
     return {each.key: each.value for each in bindings if each.key}
 
 
@@ -165,7 +159,7 @@ def number(low: float, high: float, kind: type[int] | type[float] = int) -> Call
     def parse(text: str) -> Any:
         plausible = re.fullmatch(r"\d{1,9}" if kind is int else r"\d{1,9}(\.\d{1,9})?", text, re.ASCII)
         if not plausible or not low <= kind(text) <= high:
-            raise ValueError(f"must be a {'whole ' * (kind is int)}number from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"must be a {'whole ' * (kind is int)}number from {low} to {high}")
         return kind(text)
 
     return parse
@@ -241,28 +235,24 @@ class Delivery:
         return line | {name: call.as_json for name, call in line.items() if isinstance(call, CallResult)}
 
 
-def prepare(number: int, record: Record, settings: Settings, seen: dict[str, Any]) -> Delivery:
+def prepare(number: int, record: Record, project: str, seen: dict[str, Any]) -> Delivery:
     """The delivery of a row. Two customers of one address, or two rows of one view, would race each other.
 
-    The fingerprint is a SHA-256 of both payloads and of the project that they go to (contract 7).
+    The fingerprint is a SHA-256 of both payloads and of the `project`, its base URL and API key (contract 7).
     """
     delivery = Delivery(number, record.user_id, record.email)
     try:
         user, event = api.user_payload(record), api.event_payload(record)
-    except api.UnusableRow as problem:
-        delivery.problem = str(problem)
-        return delivery
-    email, event_id = delivery.email, delivery.event_id = user["email"], event["id"]
-    delivery.user, delivery.event = api.compact_json(user), api.compact_json(event)
-    project = f"{settings.iterable_api_base_url} {settings.iterable_api_key}"
-    hashed = f"{delivery.user} {delivery.event} {project}"
-    delivery.fingerprint = hashlib.sha256(hashed.encode()).hexdigest()
-    if email in seen:
-        delivery.problem = f"customer {seen[email]} has the same address: merge the two"
-    elif event_id in seen:
-        delivery.problem = f"customer {seen[event_id]} has the same page view: make page_views.id unique"
-    else:
+        email, event_id = delivery.email, delivery.event_id = user["email"], event["id"]
+        delivery.user, delivery.event = api.compact_json(user), api.compact_json(event)
+        delivery.fingerprint = hashlib.sha256(f"{delivery.user} {delivery.event} {project}".encode()).hexdigest()
+        if email in seen:
+            raise ValueError(f"customer {seen[email]} has the same address: merge the two")
+        if event_id in seen:
+            raise ValueError(f"customer {seen[event_id]} has the same page view: make page_views.id unique")
         seen[email] = seen[event_id] = delivery.user_id
+    except ValueError as problem:
+        delivery.problem = str(problem)
     return delivery
 
 
@@ -279,14 +269,6 @@ class Stop(threading.Event):
         if not self.why:
             self.outcome, self.exit_code, self.why = outcome, exit_code, why
         self.set()
-
-    def crash(self, error: BaseException) -> None:
-        """Out of memory or of threads, or what nobody thought of."""
-        log.critical("Unexpected error", exc_info=error, extra=FILE_ONLY)
-        what = f"{type(error).__name__}: {error}"
-        if isinstance(error, MemoryError | OSError | OverflowError) or "thread" in what:
-            what = f"out of memory or threads ({what}): lower MAX_WORKERS, or raise ulimit -v or -u"
-        self.ask("aborted", NOT_ALL, f"{what}; the log file has the details")
 
 
 def listen_for_signals() -> Stop:
@@ -322,28 +304,11 @@ def send(group: list[Delivery], client: IterableClient) -> list[Delivery]:
     return group
 
 
-def in_groups(deliveries: Iterable[Delivery], most: int) -> Iterator[list[Delivery]]:
-    """Groups of at most `most` users and 1 MB of payloads."""
-    group: list[Delivery] = []
-    size = 0
-    for delivery in deliveries:
-        length = len(delivery.user) + len(delivery.event) + 2
-        if group and (len(group) == most or size + length > api.MOST_BYTES):
-            yield group
-            group, size = [], 0
-        group.append(delivery)
-        size += length
-    if group:
-        yield group
-
-
-def prepared(
-    records: deque[Record], settings: Settings, report: Report, collect: Callable[[int], None]
-) -> Iterator[Delivery]:
+def to_send(records: deque[Record], project: str, report: Report, collect: Callable[[int], None]) -> Iterator[Delivery]:
     """The deliveries to be sent, until a stop; the others are put on record. Uses up the records."""
     seen: dict[str, Any] = {}  # addresses and event ids: only an address has an @
     while records and not report.stop.is_set():
-        delivery = prepare(report.total - len(records) + 1, records[0], settings, seen)
+        delivery = prepare(report.total - len(records) + 1, records[0], project, seen)
         if delivery.fingerprint and report.memory.get(str(delivery.user_id)) == delivery.fingerprint:
             delivery.without_calls = "unchanged"
         elif report.options.dry_run:
@@ -359,8 +324,8 @@ def prepared(
 
 def deliver(records: deque[Record], client: IterableClient, settings: Settings, report: Report) -> None:
     """Send and record everybody, or give up when that is of no use: the rest is then recorded as not attempted."""
-    stop, workers = report.stop, settings.max_workers
-    size, most = (api.MOST_ITEMS, MOST_IN_FLIGHT) if report.options.bulk else (1, 2 * workers)
+    size, most = (api.MOST_ITEMS, MOST_IN_FLIGHT) if report.options.bulk else (1, 2 * settings.max_workers)
+    project = f"{settings.iterable_api_base_url} {settings.iterable_api_key}"
     done: queue.SimpleQueue[Future[list[Delivery]]] = queue.SimpleQueue()
 
     def begin(group: list[Delivery]) -> None:
@@ -379,20 +344,20 @@ def deliver(records: deque[Record], client: IterableClient, settings: Settings, 
                         report.record(each)
                     else:
                         begin([each])
-            if report.unusable_in_a_row >= UNUSABLE_IN_A_ROW and not stop.is_set():
-                client.halt()
-                stop.ask("aborted", GIVEN_UP, f"{UNUSABLE_IN_A_ROW} users in a row got no usable answer")
-            if client.refused:
-                stop.ask("aborted", GIVEN_UP, client.refused.reason)
+            if why := client.refused or report.hopeless:
+                client.halted.set()
+                report.stop.ask("aborted", GIVEN_UP, why)
 
-    with ThreadPoolExecutor(workers) as threads:
+    with ThreadPoolExecutor(settings.max_workers) as threads:
         try:
-            for group in in_groups(prepared(records, settings, report, collect), size):
+            for group in api.in_groups(to_send(records, project, report, collect), size):
                 begin(group)
                 collect(most)
             collect(1)
-        except Exception as error:  # noqa: BLE001 - of whatever kind it is
-            stop.crash(error)
+        except Exception as error:  # of whatever kind it is
+            log.critical("Unexpected error", exc_info=error, extra=FILE_ONLY)
+            advice = "see the log file; if memory or threads ran out, lower MAX_WORKERS, or raise ulimit -v or -u"
+            report.stop.ask("aborted", NOT_ALL, f"unexpected error {error!r}: {advice}")
     for delivery in list(report.open.values()):
         report.record(delivery)
     for number, record in enumerate(records, report.total - len(records) + 1):
@@ -401,22 +366,14 @@ def deliver(records: deque[Record], client: IterableClient, settings: Settings, 
 
 # Reporting
 
-TOLD = {
-    "success": "✓ Successfully processed user",
-    "forgotten": "Forgotten at the user's own request, so not told",
-    "partial_failure": "⚠ Partially processed user",
-    "total_failure": "✗ Failed user",
-}
-COUNTED = {
-    "success": "✓ Successful (both API calls)",
-    "partial_failure": "⚠ Partial failures (one call failed)",
-    "total_failure": "✗ Total failures (both calls failed)",
-}
-COUNTED_IN_DRY_RUN = {"would_send": "Would send", "total_failure": "Cannot be sent"}
-COUNTED_IF_ANY = {
-    "forgotten": "Forgotten at their own request",
-    "unchanged": "Unchanged since they were delivered, not sent again",
-    "not_attempted": "Not attempted",
+WORDS = {  # for each status: in the line of a user, who may have none, and in the summary
+    "would_send": ("", "Would send"),
+    "success": ("✓ Successfully processed user", "✓ Successful (both API calls)"),
+    "partial_failure": ("⚠ Partially processed user", "⚠ Partial failures (one call failed)"),
+    "total_failure": ("✗ Failed user", "✗ Total failures (both calls failed)"),
+    "forgotten": ("Forgotten at the user's own request, so not told", "Forgotten at their own request"),
+    "unchanged": ("", "Unchanged since they were delivered, not sent again"),
+    "not_attempted": ("", "Not attempted"),
 }
 
 
@@ -429,7 +386,8 @@ class Report:
         self.total, self.options, self.memory, self.results, self.stop = total, options, memory, results, stop
         self.open: dict[int, Delivery] = {}  # not yet on record
         self.counts: Counter[str] = Counter()  # by status
-        self.failures = self.unusable_in_a_row = self._last_told = self._new_failures = 0
+        self.hopeless = ""  # why the run is to be given up
+        self.failures = self._unusable_in_a_row = self._last_told = self._new_failures = 0
         self._news, self._hidden = Counter[Reason](), Counter[Reason]()  # each with the number of users
         self._untold: dict[int, Delivery] = {}
         self._began = self._last_progress = time.monotonic()
@@ -449,7 +407,9 @@ class Report:
         self.open.pop(delivery.record, None)
         self.counts[status] += 1
         if delivery.users_update:
-            self.unusable_in_a_row = 0 if any(call.usable for call in delivery.calls) else self.unusable_in_a_row + 1
+            self._unusable_in_a_row = 0 if any(call.usable for call in delivery.calls) else self._unusable_in_a_row + 1
+            if self._unusable_in_a_row == UNUSABLE_IN_A_ROW and not self.stop.is_set():
+                self.hopeless = f"{UNUSABLE_IN_A_ROW} users in a row got no usable answer"
         if status.endswith("failure"):
             self.failures += 1
             known = self.memory.get(str(delivery.user_id)) == logger_config.verdict(line)
@@ -470,7 +430,7 @@ class Report:
         if status == "would_send" and self.counts[status] <= SHOWN_PAYLOADS:
             log.info("users/update %s", logger_config.to_json(json.loads(delivery.user)))
             log.info("events/track %s", logger_config.to_json(json.loads(delivery.event)))
-        if status not in TOLD:
+        if not WORDS[status][0]:
             return
         who = str(delivery.email or "").strip()[:320] or f"customer {delivery.user_id}"
         place = f"record {delivery.record}/{self.total}"
@@ -487,7 +447,7 @@ class Report:
                 log.log(level, "Response: %s", answer, extra=FILE_ONLY)
         where = f" ({place})" if many else ""
         why = f": {', '.join(reason.short for reason in delivery.reasons)}" if failed else ""
-        log.log(level, "%s: %s%s%s", TOLD[status], who, where, why, extra=extra)
+        log.log(level, "%s: %s%s%s", WORDS[status][0], who, where, why, extra=extra)
 
     def progress(self) -> None:
         """A line every 2 seconds in a long run."""
@@ -506,17 +466,14 @@ class Report:
         done = counts["success"] + self.failures + counts["forgotten"]
         speed = round(done / seconds, 1) if seconds else 0.0
         exit_code = NOT_ALL if self.failures else SUCCESS
+        numbers = {status.replace("failure", "failures"): counts[status] for status in WORDS}
+        numbers["not_attempted"] += numbers.pop("would_send")
         reasons = (self._news + self._hidden).most_common()
         summary = {
             "outcome": self.stop.outcome,
             "exit_code": self.stop.exit_code or exit_code,
             "total_users": self.total,
-            "success": counts["success"],
-            "partial_failures": counts["partial_failure"],
-            "total_failures": counts["total_failure"],
-            "forgotten": counts["forgotten"],
-            "unchanged": counts["unchanged"],
-            "not_attempted": counts["not_attempted"] + counts["would_send"],
+            **numbers,
             "calls": len(client.attempts),
             "retries": len(client.attempts) - client.attempts.count(1),
             "duration_seconds": seconds,
@@ -539,10 +496,12 @@ class Report:
         tell("")
         tell("INTEGRATION SUMMARY")
         tell("Total users processed: %d", self.total)
-        always = COUNTED_IN_DRY_RUN if self.options.dry_run else COUNTED
-        for status, words in {**always, **COUNTED_IF_ANY}.items():
+        words, always = WORDS, {"success", "partial_failure", "total_failure"}
+        if self.options.dry_run:
+            words, always = {**WORDS, "total_failure": ("", "Cannot be sent")}, {"would_send", "total_failure"}
+        for status, (_, counted) in words.items():
             if status in always or self.counts[status]:
-                tell("%s: %d", words, self.counts[status])
+                tell("%s: %d", counted, self.counts[status])
         for reasons, extra in ((self._news, {}), (self._hidden, FILE_ONLY)):
             for reason, count in reasons.most_common(SHOWN_REASONS):
                 texts = [reason.short] * bool(reason.endpoint) + [reason.message] * (reason.message not in why)
@@ -559,11 +518,19 @@ class Report:
 def run_integration(settings: Settings, options: argparse.Namespace, stop: Stop) -> int:
     """One run, from the rows to the results file; returns the exit code (contract 3).
 
-    Raises AlreadyRunning, DatabaseError, and OSError for a setting that is of no use. Nothing was sent then.
+    Raises DatabaseError, BlockingIOError for a folder in use, OSError for a useless setting. Nothing was sent then.
     """
-    started = datetime.now().astimezone()
     with lock_folder(settings.results_dir):
-        records = read_records(settings, options)
+        log.info("[STEP 2] Connecting to database...")
+        with database_connection(settings) as database:
+            log.info("[STEP 3] Executing Phase 2 Query 2...")
+            rows = database.read_records(read_query(QUERIES, "query_2"))
+        log.info("Found %d pro user(s) with recent engagement", len(rows))
+        if len(rows) < (options.at_least or 0):
+            raise DatabaseError(f"Nothing is sent: {len(rows)} users found, fewer than --at-least {options.at_least}")
+        records = deque(rows[: options.limit])
+        del rows  # or none would make room when it is done
+        gc.freeze()  # the rows are no garbage; to look through them again and again would stop every thread
         log.info("[STEP 4] Initializing Iterable API client...")
         client = iterable_client(settings, stop)
         log.info("[STEP 5] Processing user records...")
@@ -573,130 +540,88 @@ def run_integration(settings: Settings, options: argparse.Namespace, stop: Stop)
             log.info("%d users take %.0f s or more; with --bulk %.0f s or more", len(records), singly, in_bulk)
         sys.setswitchinterval(0.0005)  # or a busy thread holds up each step of a call by 5 ms, and so its arrival
         stop.sending = True
-        results = ResultsFile(settings.results_dir, describe_run(settings, options), started)
+        place = {"database": f"{settings.db_name} on {settings.db_host}", "iterable": settings.iterable_api_base_url}
+        run = {"mode": "dry-run" if options.dry_run else "send", **place, "options": vars(options)}
+        results = ResultsFile(settings.results_dir, run, datetime.now().astimezone())
         report = Report(len(records), options, memory, results, stop)
         deliver(records, client, settings, report)
-        exit_code = report.finish(client)
-    if options.dry_run:
-        calls, seconds = client.cost(report.counts["would_send"], bulk=options.bulk)
-        log.info("Dry run, nothing was sent. A run would make %d calls, in %.1f s or more", calls, seconds)
-    return exit_code
+        if options.dry_run:
+            calls, seconds = client.cost(report.counts["would_send"], bulk=options.bulk)
+            log.info("Dry run, nothing was sent. A run would make %d calls, in %.1f s or more", calls, seconds)
+        return report.finish(client)
 
 
-def read_records(settings: Settings, options: argparse.Namespace) -> deque[Record]:
-    """The rows of Query 2, one a user, in the order of customer id. Raises DatabaseError, also for too few."""
-    log.info("[STEP 2] Connecting to database...")
-    with database_connection(settings) as database:
-        log.info("[STEP 3] Executing Phase 2 Query 2...")
-        rows = database.read_records(read_query(QUERIES, "query_2"))
-    log.info("Found %d pro user(s) with recent engagement", len(rows))
-    if len(rows) < (options.at_least or 0):
-        wanted = f"fewer than the {options.at_least} of --at-least"
-        raise DatabaseError(f"Nothing is sent: {len(rows)} users found, {wanted}")
-    gc.freeze()  # the rows are no garbage; to look through them again and again would stop every thread
-    return deque(rows[: options.limit])
-
-
-def database_connection(settings: Settings) -> DatabaseConnection:
-    s = settings
+def database_connection(s: Settings) -> DatabaseConnection:
     return DatabaseConnection(s.db_host, s.db_port, s.db_user, s.db_password, s.db_name, s.db_ssl_ca)
 
 
-def iterable_client(settings: Settings, stop: Stop) -> IterableClient:
-    s, retry = settings, api.RetryPolicy(settings.iterable_max_attempts)
-    rate, timeout, workers = s.iterable_rate_limit, s.iterable_timeout, s.max_workers
-    client = IterableClient(s.iterable_api_base_url, s.iterable_api_key, rate, timeout, workers, retry, stop)
+def iterable_client(s: Settings, stop: Stop) -> IterableClient:
+    rate, timeout, retry = s.iterable_rate_limit, s.iterable_timeout, api.RetryPolicy(s.iterable_max_attempts)
+    client = IterableClient(s.iterable_api_base_url, s.iterable_api_key, rate, timeout, s.max_workers, retry, stop)
     client.redact = redactor(s.iterable_api_key, s.db_password)
     return client
-
-
-def describe_run(settings: Settings, options: argparse.Namespace) -> dict[str, Any]:
-    """The head of the results file, as far as it is known before."""
-    s, port = settings, "" if settings.db_host.startswith("/") else f":{settings.db_port}"
-    head = {"mode": "dry-run" if options.dry_run else "send", "database": f"{s.db_name} on {s.db_host}{port}"}
-    chosen = {name: getattr(options, name) for name in ("limit", "at_least", "changed_only", "bulk")}
-    return {**head, "iterable": s.iterable_api_base_url, "options": chosen}
 
 
 # The checklist
 
 
 @contextlib.contextmanager
-def item(codes: list[int], code: int, *words: str) -> Iterator[list[str]]:
-    """A line of the checklist, to which words may be added, and the exit code for `codes` where it fails."""
-    line = list(words)
+def item(codes: list[int], words: str) -> Iterator[None]:
+    """A line of the checklist, and the exit code for `codes` where it fails."""
     try:
-        yield line
-        log.info("✓ %s", ": ".join(line))
+        yield
+        log.info("✓ %s", words)
     except (OSError, DatabaseError) as error:
-        codes.append(code)
-        log.error("✗ %s: %s", ": ".join(line), error)
+        codes.append(EXIT_CODES.get(type(error), BAD_SETTINGS))
+        log.error("✗ %s: %s", words, error)
 
 
-def check(settings: Settings, options: argparse.Namespace, stop: Stop) -> int:
+def check(settings: Settings, stop: Stop) -> int:
     """The deployment checklist: a line an item, and the exit code of the first that fails. Sends no user data."""
     codes: list[int] = []
     log.info("✓ Settings are complete")
-    with item(codes, BAD_SETTINGS, "Log file can be written"):
-        start_logging(settings, options)
-    with item(codes, BAD_SETTINGS, "Results folder can be written"):
+    log.info("✓ Log file can be written")  # main has done both
+    with item(codes, "Results folder can be written"):
         settings.results_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=settings.results_dir) as file:
             file.write(b"\n")
-    with contextlib.ExitStack() as closing:
-        database = functools.cache(lambda: closing.enter_context(database_connection(settings)))
-        with item(codes, BAD_DATABASE, "Database can be reached and is new enough") as line:
-            line.append(database().server)
-        with item(codes, BAD_DATABASE, "Tables and columns of the query are there"):
-            query = read_query(QUERIES, "query_2")  # no EXPLAIN: an account that may read views only must not use it
-            database().execute_query(f"SELECT * FROM ({query}) AS query_2 WHERE FALSE")  # noqa: S608
-        with item(codes, BAD_DATABASE, "The latest page view is not in the future"):
-            [row] = database().execute_query(read_query(QUERIES, "future_views"))
-            if row["latest"]:
-                raise DatabaseError(f"{row['latest']} is in the future: event_time must be UTC, and not local time")
+    with item(codes, "Database can be reached and is new enough"), database_connection(settings):
+        pass
+    with item(codes, "Tables and columns of the query are there"), database_connection(settings) as database:
+        query = read_query(QUERIES, "query_2")  # no EXPLAIN: an account that may read views only must not use it
+        database.execute_query(f"SELECT * FROM ({query}) AS query_2 WHERE FALSE")  # noqa: S608
+    with item(codes, "The latest page view is not in the future"), database_connection(settings) as database:
+        [row] = database.execute_query(read_query(QUERIES, "future_views"))
+        if row["latest"]:
+            raise DatabaseError(f"{row['latest']} is in the future: event_time must be UTC, and not local time")
     answer = functools.cache(lambda: iterable_client(settings, stop).post(api.USERS_UPDATE, {"": "{}"}).get(""))
-    with item(codes, GIVEN_UP, f"Iterable can be reached at {settings.iterable_api_base_url}"):
+    with item(codes, f"Iterable can be reached at {settings.iterable_api_base_url}"):
         if (result := answer()) and not result.usable:
-            raise OSError(result.reason)
-    with item(codes, GIVEN_UP, "API key is accepted"):
+            raise ConnectionError(result.reason)
+    with item(codes, "API key is accepted"):
         if (result := answer()) and not (result.usable and result.status == 400):
-            raise OSError(result.reason or "Iterable answered a request without a user as if it had one")
+            raise ConnectionError(result.reason or "Iterable answered a request without a user as if it had one")
     return codes[0] if codes else SUCCESS
 
 
 # The command line
-
-EXIT_CODES: dict[type[BaseException], int] = {
-    SettingsError: BAD_SETTINGS,
-    DatabaseError: BAD_DATABASE,
-    AlreadyRunning: LOCKED,
-    OSError: BAD_SETTINGS,  # of a file or folder that a setting names
-    MemoryError: NOT_ALL,
-}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--dry-run", action="store_true", help="everything except the sending; needs no API key")
-    add("--limit", type=int, metavar="N", help="the first N users only (a careful first real run)")
-    add("--at-least", type=int, metavar="N", help="send nothing when the query finds fewer than N users")
+    add("--limit", type=number(1, 999_999_999), metavar="N", help="the first N users only (a careful first real run)")
+    add("--at-least", type=number(1, 999_999_999), metavar="N", help="send nothing when fewer than N users are found")
     add("--changed-only", action="store_true", help="leave out users to whom the same was delivered already")
     add("--bulk", action="store_true", help="send groups of up to 1000 users: for large runs")
     add("--check", action="store_true", help="check the deployment and send no user data")
     add("--quiet", action="store_true", help="show warnings and errors only, and no failure that is known already")
     add("--env-file", default=".env", metavar="PATH", help="read the settings from another file than .env")
     options = parser.parse_args(argv)
-    if any(number is not None and number < 1 for number in (options.limit, options.at_least)):
-        parser.error("--limit and --at-least take a whole number from 1")
     if options.check and any((options.dry_run, options.limit, options.at_least, options.changed_only, options.bulk)):
         parser.error("--check goes with --quiet and --env-file only")
     return options
-
-
-def start_logging(settings: Settings, options: argparse.Namespace) -> None:
-    redact = redactor(settings.iterable_api_key, settings.db_password)
-    setup_logger(settings.log_level, settings.log_file, quiet=options.quiet, redact=redact)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -706,15 +631,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         stop = listen_for_signals()
         settings = load_environment_variables(HERE / options.env_file, needs_key=not options.dry_run)
+        redact = redactor(settings.iterable_api_key, settings.db_password)
+        setup_logger(settings.log_level, settings.log_file, quiet=options.quiet, redact=redact)
         if options.check:
-            return check(settings, options, stop)
-        start_logging(settings, options)
+            return check(settings, stop)
         log.info("Starting Iterable Integration - Phase 3")
         log.info("[STEP 1] Loading environment variables...")
         return run_integration(settings, options, stop)
-    except tuple(EXIT_CODES) as error:
-        log.error("%s%s", "✗ " * options.check, str(error) or "out of memory")
-        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+    except (SettingsError, OSError, DatabaseError, MemoryError) as error:
+        advice = ": check LOG_FILE, RESULTS_DIR or --env-file" if getattr(error, "filename", None) else ""
+        log.error("%s%s%s", "✗ " * options.check, str(error) or "out of memory", advice)
+        return EXIT_CODES.get(type(error), BAD_SETTINGS)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_a_second_run_sends_nothing_counts_everyone_as_unchanged_and_lists_nobod
     ended = program("--changed-only", database=three)
     assert (ended.exit_code, ended.errors, ended.results["results"]) == (0, "", [])
     assert ended.summary == {"outcome": "completed", "total_users": 3, "unchanged": 3}
-    assert ended.results["run"]["options"] == {"limit": None, "at_least": None, "changed_only": True, "bulk": False}
+    assert ended.results["run"]["options"]["changed_only"]
     assert ended.shown.split("[STEP 5] Processing user records...\n")[1] == (
         """
 INTEGRATION SUMMARY

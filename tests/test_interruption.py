@@ -285,7 +285,7 @@ def test_with_little_memory_the_account_is_whole(started: Started, many: dict[st
     summary = ended.results["summary"]
     if ended.exit_code:
         assert (ended.exit_code, summary["outcome"]) == (1, "aborted")
-        assert re.search("^The run ended early: .+: lower MAX_WORKERS", ended.console, re.MULTILINE)
+        assert re.search("^The run ended early: unexpected error .+ lower MAX_WORKERS", ended.console, re.MULTILINE)
     assert ended.errors == ""
     assert ended.exit_code or summary["success"] == 30
 
@@ -303,7 +303,7 @@ def test_with_few_threads_the_account_is_whole(
     standin.configure(latency=0.05)
     ended = started("--limit", "30", database=many, how={"wrapper": wrapper}).wait()
     assert (ended.exit_code, ended.errors) == (1, "")
-    words = "The run ended early: out of memory or threads (RuntimeError: can't start new thread): lower MAX_WORKERS"
+    words = """The run ended early: unexpected error RuntimeError("can't start new thread"): see the log file"""
     assert words in ended.console
     assert (len(told(standin)) > 0) == (threads == 20)
     assert_record_is_true(ended, standin)
@@ -325,6 +325,12 @@ sys.exit(main.main())
 NEW = "ZeroDivisionError('nobody thought of it')"
 
 
+def test_memory_that_runs_out_before_the_first_user_is_told(started: Started, customers: Customers) -> None:
+    how = {"program": ("-c", BROKEN.format(what="logger_config.read_memory", words="", error="MemoryError"))}
+    ended = started("--changed-only", "--quiet", database=customers(1), how=how, PYTHONPATH=str(process.ROOT)).wait()
+    assert (ended.exit_code, ended.console, ended.errors) == (1, "out of memory\n", "")
+
+
 @pytest.mark.parametrize(
     ("what", "words", "error", "outcome"),
     [
@@ -342,7 +348,10 @@ def test_after_an_error_nobody_thought_of_whoever_was_told_is_on_record(
     how = {"program": ("-c", BROKEN.format(what=what, words=words, error=error))}
     ended = started("--quiet", database=database, how=how, MAX_WORKERS="3", PYTHONPATH=str(process.ROOT)).wait()
     assert (ended.exit_code, ended.errors) == (1, "")
-    says = {"aborted": "The run ended early: (ZeroDivision|out of memory)", "completed": r"error \(ZeroDivisionError\)"}
+    says = {
+        "aborted": r"The run ended early: unexpected error (ZeroDivision|Memory)Error\(",
+        "completed": r"error \(ZeroDivisionError\)",
+    }
     assert re.search(says[outcome], ended.console)
     assert "Traceback" in ended.log
     assert (ended.summary["outcome"], ended.summary["exit_code"]) == (outcome, 1)

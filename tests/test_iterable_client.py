@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import itertools
@@ -155,7 +156,7 @@ def test_a_value_is_sent_as_text(value: str | int) -> None:
 )
 def test_a_row_that_cannot_be_sent_says_why(column: str, values: tuple[Any, ...], reason: str) -> None:
     for value in values:
-        with pytest.raises(iterable.UnusableRow, match=f"^{re.escape(reason)}"):
+        with pytest.raises(ValueError, match=f"^{re.escape(reason)}"):
             payloads(**{column: value})
 
 
@@ -257,7 +258,7 @@ def test_a_refusal_is_known_by_its_status_although_its_body_never_ends(standin: 
     standin.fault(action, status=401, body=document("BadApiKey", "Invalid API key"))
     client = Client(standin, timeout=0.3)
     result = client.call()
-    assert (result.status, result.attempts, client.refused) == (401, 1, result)
+    assert (result.status, result.attempts, client.refused) == (401, 1, result.reason)
     assert (client.call(), standin.counters()["calls"]) == (None, {USERS_UPDATE: 1})
 
 
@@ -430,6 +431,27 @@ def test_each_endpoint_has_the_same_share_of_its_own_limit() -> None:
     assert dict(zip(limiters, rates, strict=True)) == dict(zip(ENDPOINTS, (450, 1800, 4.5, 9), strict=True))
 
 
+@pytest.mark.parametrize(("rate", "spread"), [(2.5, 1.05), (10, 1.05), (10.5, 1.02), (150, 1.02)])
+def test_the_few_calls_of_a_slow_endpoint_are_spread_wider(rate: float, spread: float) -> None:
+    with virtual(rate) as clock:
+        starts = [*clock.starts(20)]
+    assert starts[-1] - starts[1] == pytest.approx((len(starts) - 2) * spread / rate)  # the first may be late
+
+
+@given(st.lists(st.integers(1, 700_000) | st.just(499_998), max_size=20), st.integers(1, 5))
+def test_a_group_has_as_many_as_are_allowed_and_go_into_a_megabyte(lengths: list[int], most: int) -> None:
+    users = [argparse.Namespace(user="1" * (length // 2), event="2" * (length - length // 2)) for length in lengths]
+    groups = [*iterable.in_groups(users, most)]
+    assert list(itertools.chain.from_iterable(groups)) == users
+    sizes = [sum(len(each.user) + len(each.event) + 2 for each in group) for group in groups]
+    assert all(
+        0 < len(group) <= most and (size <= 1_000_000 or len(group) == 1)
+        for group, size in zip(groups, sizes, strict=True)
+    )
+    for group, size, following in zip(groups, sizes, groups[1:], strict=False):
+        assert len(group) == most or size + len(following[0].user) + len(following[0].event) + 2 > 1_000_000
+
+
 def test_a_429_pauses_every_worker_of_its_endpoint_and_no_other(standin: StandIn, threads: ThreadPoolExecutor) -> None:
     standin.fault(status=429, headers={"Retry-After": "1"}, times=1)
     standin.configure(latency=0.1)
@@ -466,7 +488,7 @@ def test_a_stop_cuts_the_wait_for_the_next_try(
 
 @pytest.mark.parametrize("endpoint", [USERS_UPDATE, USERS_BULK_UPDATE, EVENTS_TRACK])
 @pytest.mark.parametrize(("rate", "refusals"), [(0.02, 0), (10_000, 1)], ids=["its turn", "the end of a pause"])
-def test_a_stop_cuts_the_wait_before_the_first_try_and_halt_that_of_an_event(
+def test_a_stop_cuts_the_wait_before_the_first_try_and_a_refused_key_that_of_an_event(
     standin: StandIn, threads: ThreadPoolExecutor, rate: float, refusals: int, endpoint: str
 ) -> None:
     standin.fault(status=429, headers=WAITS, times=refusals)
@@ -474,13 +496,13 @@ def test_a_stop_cuts_the_wait_before_the_first_try_and_halt_that_of_an_event(
     client.call(endpoint)
     calling = [threads.submit(client.call, endpoint) for _ in range(8)]
     assert not any(future.done() for future in calling)
-    (client.halt if endpoint == EVENTS_TRACK else client.stop.set)()
+    (client.halted if endpoint == EVENTS_TRACK else client.stop).set()
     assert [future.result(PROMPT) for future in calling] == [None] * 8
     assert standin.counters()["calls"] == {endpoint: 1}
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
-def test_after_a_stop_events_alone_are_sent_at_once_and_not_again_and_after_halt_nothing(
+def test_after_a_stop_events_alone_are_sent_at_once_and_not_again_and_after_a_refused_key_nothing(
     standin: StandIn, threads: ThreadPoolExecutor, endpoint: str
 ) -> None:
     standin.fault(status=429, headers=WAITS, times=1)
@@ -491,7 +513,7 @@ def test_after_a_stop_events_alone_are_sent_at_once_and_not_again_and_after_halt
     time.sleep(0.1)  # until it waits for the end of the pause
     client.stop.set()
     assert told(calling.result(PROMPT)) == {EVENTS_TRACK: (False, 503, 1)}.get(endpoint)
-    client.halt()
+    client.halted.set()
     assert client.call(endpoint) is None
     assert standin.counters()["calls"] == {endpoint: 2 if "events" in endpoint else 1}
 
@@ -506,8 +528,8 @@ def test_a_refused_key_ends_every_wait_and_lets_the_calls_on_the_wire_end(
     standin.fault(status=status)
     calling = [threads.submit(client.call, EVENTS_TRACK) for _ in range(2)]
     standin.wait_for_calls(2)
-    client.call(endpoint)
-    assert (client.refused.endpoint, *told(client.refused)) == (endpoint, False, status, 1)
+    refused = client.call(endpoint)
+    assert (client.refused, *told(refused)) == (refused.reason, False, status, 1)
     assert (client.stop.is_set(), client.call(), client.call(EVENTS_TRACK)) == (True, None, None)
     assert sorted(told(future.result(PROMPT)) for future in calling) == [(False, 503, 1), (True, 200, 1)]
     assert sum(standin.counters()["calls"].values()) == 3

@@ -24,7 +24,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from lab.process import BARE, ROOT, settings_for
-from logger_config import AlreadyRunning, ResultsFile, lock_folder, read_memory, redactor, setup_logger, verdict
+from logger_config import ResultsFile, lock_folder, read_memory, redactor, setup_logger, verdict
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} (\w+) +\w+: (.*)")
 log = logging.getLogger("some.module")
@@ -260,6 +260,8 @@ def test_a_verdict_is_the_fingerprint_or_what_failed_and_why() -> None:
     verdicts += [verdict(line(1, "total_failure", None, problem=words)) for words in "pq"]
     verdicts += [verdict(line(1, status)) for status in ("forgotten", "not_attempted")]
     assert (len({*verdicts, "f"}), verdict(line(1))) == (len(changes) + 7, "f")
+    stopped = {**line(1), "events_track": None}  # a failure without a call that failed
+    assert len({verdict({**stopped, "status": each}) for each in ("partial_failure", "forgotten")}) == 2
     assert failure(attempts=5) == failure()
 
 
@@ -310,7 +312,7 @@ DAMAGE: dict[str, tuple[bool, Any, str, int]] = {  # whether it is whole, the ch
     "killed in a line": (False, lambda text: [*text[:5], text[5][:50]], "12", 0),
     "killed before a line": (False, lambda text: [*text[:5], f"{text[5]},", ""], "123", 0),
     "killed, and a line of zeros": (False, lambda text: [*text[:4], "\0" * 90, text[5]], "13", 0),
-    "killed, and two lines of nobody": (False, lambda text: [*text[:4], '{"', '{"', text[5]], "13", 2),
+    "killed, and half a line": (False, lambda text: [*text[:4], text[4][:50], text[5]], "13", 1),
 }
 
 
@@ -368,6 +370,6 @@ def test_whatever_bytes_of_a_file_change_nobody_is_remembered_who_was_not_told(c
 def test_one_run_at_a_time_holds_a_folder_and_another_folder_is_free(tmp_path: Path) -> None:
     for _ in range(2):  # again after the first has ended
         with lock_folder(tmp_path / "one"), lock_folder(tmp_path / "other"):
-            with pytest.raises(AlreadyRunning, match=rf"^Another run holds {tmp_path}/one: process \d+, since 2"):
+            with pytest.raises(BlockingIOError, match=rf"^Another run holds {tmp_path}/one: process \d+, since 2"):
                 lock_folder(tmp_path / "one").__enter__()
             assert modes(tmp_path / "one") == {0o600}

@@ -15,6 +15,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import dotenv
 import pytest
@@ -71,8 +72,8 @@ def complaints(env_file: Path = NOWHERE, **environ: str | None) -> list[str]:
     """What is said against them, without the advice at the end."""
     with pytest.raises(SettingsError) as error:
         load(env_file, **environ)
-    said, _, advice = str(error.value).partition(f". Set them in {env_file} (cp .env.example .env, then fill it in)")
-    assert advice == " or in the environment. To see a run without any: bash tests/demo.sh"
+    said, _, advice = str(error.value).partition(f". Set them in {env_file} (see .env.example)")
+    assert advice == ""
     return said.removeprefix("Settings: ").split("; ")
 
 
@@ -147,9 +148,10 @@ def test_a_value_of_another_form_is_a_complaint_that_does_not_show_it(name: str,
 def test_all_complaints_come_in_one_message(file: File) -> None:
     said = complaints(file("DB_HOST=\nDB_PORT=one\n"), DB_HOST=None, DB_PASSWORD=None, ITERABLE_API_KEY="two words")
     assert said == ["DB_HOST is empty", "DB_PASSWORD is missing", NO_PORT, NO_KEY]
-    unreadable = (Path("/no.env"), "No such file or directory"), (process.ROOT, "Is a directory")
-    for path, why in ((file(b"DB_PORT=\xff"), "it is not text"), *unreadable):
-        assert complaints(path, DB_USER=" ") == [f"{path} cannot be read ({why})", "DB_USER is empty"]
+    assert complaints(file(b"# \xff\nDB_PORT=\xff"), DB_USER=" ") == ["DB_USER is empty", "DB_PORT is not text"]
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):  # as Windows saves what it calls Unicode
+        path = file("RESULTS_DIR=results".encode(encoding))
+        assert complaints(path) == [f"line 1 of {path} cannot be read"]
     path = file("DB_PORT=1\nDB_SSL_CA: ca.pem\nRESULTS_DIR='out\n")
     assert complaints(path) == [f"line {number} of {path} cannot be read" for number in (2, 3)]
     assert complaints(**dict.fromkeys(NEEDED)) == [f"{name} is missing" for name in NEEDED]
@@ -237,6 +239,15 @@ def test_another_file_is_found_from_the_folder_of_main(tmp_path: Path, file: Fil
     assert (ended.exit_code, ended.errors, ended.console.startswith(said)) == (2, "", True)
 
 
+@pytest.mark.parametrize(("name", "why"), [("no.env", "No such file or directory"), (".", "Is a directory")])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, why: str) -> None:
+    path = tmp_path / name
+    with process.Running("--env-file", str(path), settings=NEEDED, folder=tmp_path) as running:
+        ended = running.wait()
+    assert (ended.exit_code, ended.errors) == (2, "")
+    assert re.fullmatch(rf"\[Errno \d+\] {why}: '{path}': check LOG_FILE, RESULTS_DIR or --env-file\n", ended.console)
+
+
 def test_env_example_holds_every_setting_with_its_default() -> None:
     path = process.ROOT / ".env.example"
     own = {"DB_HOST": "localhost", "DB_NAME": "iterable_challenge", **dict.fromkeys(("DB_USER", *SECRETS), "")}
@@ -244,10 +255,11 @@ def test_env_example_holds_every_setting_with_its_default() -> None:
     assert re.findall("^# ([A-Z_]+)=$", path.read_text("utf-8"), re.MULTILINE) == [f"{name}_FILE" for name in SECRETS]
 
 
-def test_a_number_of_users_is_a_whole_number_from_1() -> None:
+def test_a_number_of_users_is_a_whole_number_from_1(capsys: pytest.CaptureFixture[str]) -> None:
     for argument in ("--limit=0", "--at-least=-1", "--limit=ten"):
         with pytest.raises(SystemExit, match="2"):
             parse_arguments([argument])
+        assert "must be a whole number from 1 to 999999999" in capsys.readouterr().err
 
 
 # Any rows
@@ -264,7 +276,7 @@ def test_any_row_becomes_a_line_and_the_first_of_an_address_and_a_view_is_to_be_
     seen: dict[str, Any] = {}
     taken: set[str | None] = set()
     rows = [ROW._replace(**{**same, **oddly}) for same, oddly in changes]
-    deliveries = [prepare(number, row, SETTINGS, seen) for number, row in enumerate(rows, 1)]
+    deliveries = [prepare(number, row, KEY, seen) for number, row in enumerate(rows, 1)]
     for number, delivery in enumerate(deliveries, 1):
         line = json.loads(json.dumps(delivery.as_line()))
         usable = delivery.fingerprint is not None and taken.isdisjoint((delivery.email, delivery.event_id))
@@ -350,9 +362,22 @@ def test_who_is_done_is_looked_for_at_each_row_that_is_not_sent(tmp_path: Path) 
     report = Report(3, parse_arguments([]), {}, results, Stop())
     looked: list[int] = []
     rows = deque([ROW, ROW._replace(email=None), ROW])
-    groups = main.in_groups(main.prepared(rows, SETTINGS, report, looked.append), 1)
-    assert [[each.record for each in group] for group in groups] == [[1]]
+    assert [each.record for each in main.to_send(rows, KEY, report, looked.append)] == [1]
     assert (report.counts, looked) == ({"total_failure": 2}, [4, 4])
+
+
+def test_a_run_that_is_given_up_sends_nothing_more_and_one_that_is_stopped_is_not_given_up(tmp_path: Path) -> None:
+    results = ResultsFile(tmp_path, {"mode": "send"}, datetime.now().astimezone())
+    given_up, stopped = (Report(200, parse_arguments([]), {}, results, Stop()) for _ in range(2))
+    client: Any = mock.Mock(halted=threading.Event(), refused="")
+    client.post = lambda endpoint, bodies: {email: CallResult(endpoint, False) for email in bodies}
+    rows = [ROW._replace(email=f"{number}@x", view_id=number) for number in range(200)]
+    main.deliver(deque(rows), client, replace(SETTINGS, max_workers=30), given_up)
+    assert (client.halted.is_set(), given_up.stop.exit_code, given_up.counts.total()) == (True, 4, 200)
+    stopped.stop.ask("interrupted", 143, "Stopped by SIGTERM")
+    for number in range(1, 31):
+        stopped.record(main.Delivery(number, number, "a@x", users_update=CallResult(UPDATE, False)))
+    assert (len(given_up.hopeless) > 0, stopped.hopeless) == (True, "")
 
 
 @hypothesis_settings(deadline=None, max_examples=150)

@@ -111,7 +111,7 @@ def from_runs() -> Pieces:
         users = [Record._fields, *server.query(read_query(database.QUERIES, "query_2"))]
         indexes = [("table", "name", "columns", "kind"), *server.query(INDEXES, "information_schema")]
         return {
-            "server": plain(re.findall("new enough: (.*)", check)[0]),
+            "server": plain(f"{'MariaDB' if server.kind == 'mariadb' else 'MySQL'} {server.version}"),
             "users whom Query 2 finds": table(map(plain, row) for row in users),
             "diagram of the tables": diagram(entities(server)),
             "payload of users/update": listing(json.dumps(payloads["users_update"], indent=2), "json"),
