@@ -20,7 +20,7 @@ QUERY_TIMEOUT = 600  # seconds without a byte from the server
 _WHOLE_NUMBERS = (FieldType.TINY, FieldType.SHORT, FieldType.INT24, FieldType.LONG, FieldType.LONGLONG)
 _SHARED = ("plan_type", "page", "browser", "location")  # columns of which many rows have the same text
 _OLDEST = {"MySQL": (8, 0), "MariaDB": (10, 2)}  # the first with window functions and CTEs
-_CURES: dict[int | None, str] = {  # by the number that server or client give the error
+_CURES: dict[int | None, str] = {  # by the error's number, of server or client
     **dict.fromkeys((None, -1), "There is no connection to the database: check DB_HOST, DB_PORT and DB_SSL_CA"),
     1040: "The database has no connection left: try again later, or raise max_connections",
     1044: "DB_USER may not use this database: check DB_NAME, or GRANT SELECT on it to the user",

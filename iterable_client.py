@@ -34,11 +34,11 @@ BULK = {USERS_UPDATE: USERS_BULK_UPDATE, EVENTS_TRACK: EVENTS_TRACK_BULK}
 LIMITS = {USERS_UPDATE: 500, EVENTS_TRACK: 2000, USERS_BULK_UPDATE: 5, EVENTS_TRACK_BULK: 10}  # calls a second
 BULK_BODY = {USERS_BULK_UPDATE: '{"users":[%s]}', EVENTS_TRACK_BULK: '{"events":[%s]}'}
 MOST_ITEMS = 1000  # of a bulk body
-MOST_BYTES = 1_000_000  # of a bulk body: Iterable takes 4 MB of users, and does not say how much of events
+MOST_BYTES = 1_000_000  # of a group: Iterable takes 4 MB of users in a body, and does not say how much of events
 
 NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what stands in a record for bytes that are no text
 
-compact_json = json.JSONEncoder(separators=(",", ":")).encode
+compact_json = json.JSONEncoder(separators=(",", ":")).encode  # in ASCII: its length is its bytes
 
 
 def user_payload(record: Any) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def event_payload(record: Any) -> dict[str, Any]:
         raise ValueError("event_time is not a date with a time: correct the column in page_views") from None
     event_id = f"page-view-{'?' if record.view_id is None else record.view_id}"
     if not re.fullmatch(r"page-view-[A-Za-z0-9-]{1,502}", event_id):
-        raise ValueError("the view's id is none for an event (letters, digits and - only): correct it in page_views")
+        raise ValueError("the view's id cannot be an event's (letters, digits and - only): correct it in page_views")
     fields = {**texts(record, "page", "browser", "location"), "timestamp": str(at)[:19], "candidate": "yes"}
     email, seconds = address(record), int(at.timestamp())
     return {"email": email, "eventName": "page_view", "id": event_id, "createdAt": seconds, "dataFields": fields}
@@ -140,7 +140,7 @@ class CallResult:
 
     @property
     def usable(self) -> bool:
-        """Whether it is an answer of Iterable's, be it a refusal, and not one of an outage or of another server."""
+        """Whether Iterable itself answered, be it with a refusal: there is no outage, and no other server answers."""
         return self.ok or (self.code is not None and not self.retryable)
 
 
@@ -184,7 +184,7 @@ def interpret(endpoint: str, status: int, text: str) -> CallResult:
     advice = ADVICE.get(DISALLOWED if DISALLOWED in message else code) or ADVICE.get(status)
     otherwise = (message or "Iterable does not say why") if code else NOT_ITERABLE
     reason = type_clash(answer) if clash else advice or otherwise
-    shown = json.dumps(answer, ensure_ascii=False) if "\\" in text and answer else text  # no secret in odd escapes
+    shown = json.dumps(answer, ensure_ascii=False) if "\\" in text and answer else text  # no escapes hide a secret
     retryable = status in TRY_AGAIN and not clash
     return CallResult(endpoint, False, status, code or None, message, reason, shown, retryable=retryable)
 
@@ -206,7 +206,7 @@ def interpret_bulk(endpoint: str, status: int, text: str, emails: Sequence[str])
         return CallResult(endpoint, True, status, unconfirmed=unconfirmed)
     result = interpret(endpoint, status, text)
     reason = "the answer does not add up" if status // 100 == 2 else result.reason
-    return replace(result, ok=False, code=None, reason=reason)  # a code would be said of the whole group
+    return replace(result, ok=False, code=None, reason=reason)  # a code says nothing about one user
 
 
 def parse(text: str) -> dict[str, Any]:
@@ -345,7 +345,7 @@ class IterableClient:
         self._headers = {"Api-Key": api_key, "Content-Type": "application/json", "User-Agent": "iterable-integration/2"}
         self.redact: Callable[[str], str] = lambda text: text.replace(api_key or "\0", "[secret]")
         self._pool = connection_pool(base_url, workers)
-        self.attempts: list[int] = []  # of every request made, which try of its call it was
+        self.attempts: list[int] = []  # one for each request: which of its call's it was
         self.refused = ""  # why, once an answer refused the API key
 
     def cost(self, users: int, *, bulk: bool) -> tuple[int, float]:
@@ -363,7 +363,7 @@ class IterableClient:
         result = self._call(endpoint if len(bodies) == 1 else BULK[endpoint], bodies, unless) if bodies else None
         if result is None:
             return {}
-        if result.ok or len(bodies) == 1 or unless.is_set():  # then none is sent singly, and all may have arrived
+        if result.ok or len(bodies) == 1 or unless.is_set():  # then none is sent singly any more
             return dict.fromkeys(bodies.keys() - result.unconfirmed, result)
         log.info("%s: %s; its users are sent singly", result.headline, result.reason, extra={"file_only": True})
         return {}
@@ -372,7 +372,7 @@ class IterableClient:
         """One call, tried again as often as contract 5 says. `unless` forbids the first try, a stop any other."""
         body = (BULK_BODY.get(endpoint, "%s") % ",".join(bodies.values())).encode()
         limiter, result = self._limiters[endpoint], None
-        tries, throttled_since = 0, 0.0  # a 429 is no try
+        tries, throttled_since = 0, 0.0  # a 429 is an attempt, and no try
         for attempt in itertools.count(1):
             if not limiter.acquire(unless if attempt == 1 else self._stop):
                 break

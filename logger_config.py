@@ -1,4 +1,4 @@
-"""All that a run leaves behind: console, log file and results file, no secret in any of them."""
+"""All that a run leaves behind: console and log file without secrets; the results folder, its lock and its memory."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 to_json = json.JSONEncoder(ensure_ascii=False).encode
-from_json = json.JSONDecoder().raw_decode  # json.loads takes a third longer
+raw_decode = json.JSONDecoder().raw_decode  # json.loads takes a third longer
 
 
 class ResultsFile:
@@ -185,7 +185,7 @@ class ResultsFile:
                 os.fsync(self._file.fileno())
                 self._synced = time.monotonic()
         except OSError as error:
-            advice = "make room, or change RESULTS_DIR; whom the log alone names is told once more by the next run"
+            advice = "make room, or change RESULTS_DIR; users whom only the log names are sent again by the next run"
             self._failure = OSError(f"{self.path} cannot be written ({error}): {advice}")
             raise self._failure from error
 
@@ -194,7 +194,7 @@ class ResultsFile:
 
 
 def verdict(line: Mapping[str, Any]) -> str:
-    """What the memory keeps of a user's line: the fingerprint of who was told, else also the status and why."""
+    """What the memory keeps of a user's line: the fingerprint after a success, else also the status and why."""
     if line["status"] == "success":
         return str(line["fingerprint"])
     calls = [line[name] for name in ("users_update", "events_track") if line[name] and not line[name]["ok"]]
@@ -205,8 +205,8 @@ def verdict(line: Mapping[str, Any]) -> str:
 def read_memory(folder: Path) -> dict[str, str]:
     """The last verdict on each user id. What is damaged is skipped with a warning: its users are sent again.
 
-    Dry runs told nobody. A user who was not attempted keeps the verdict there was, unless a bulk call may have told
-    something newer, which the fingerprint then shows. Raises OSError for a file that can be read in part only.
+    Dry runs told nobody. A user who was not attempted keeps the verdict there was, unless that is of other payloads: a
+    bulk call may have told these. Raises OSError for a file that can be read in part only.
     """
     memory: dict[str, str] = {}
     for _, _, path, mode in _earlier_runs(folder, complain=True):
@@ -215,17 +215,17 @@ def read_memory(folder: Path) -> dict[str, str]:
         killed, damaged = path.suffix == ".partial", 0
         with path.open(encoding="utf-8", errors="surrogateescape") as lines:
             for text in lines:
-                if text.startswith('{"') and not _remember(text, memory):  # a user's, and nobody else's
-                    damaged += text.endswith("\n") or not killed  # which leaves its last line torn
+                if text.startswith('{"') and not _remember(text, memory):  # only a user's line begins so
+                    damaged += text.endswith("\n") or not killed  # a run that was killed leaves its last line torn
         if damaged:
             log.warning("%s is used as memory in part: %d line(s) are damaged", path, damaged)
     return memory
 
 
 def _remember(text: str, memory: dict[str, str]) -> bool:
-    """Whether the line was whole."""
+    """Take a user's line into the memory; False where it is damaged."""
     try:
-        line, _ = from_json(text)  # what follows it, but for a comma, is the rest of a lost line
+        line, _ = raw_decode(text)  # what follows it, but for a comma, is the rest of a lost line
         user, fingerprint = str(line["user_id"]), line["fingerprint"]
         if line["status"] != "not_attempted" or (fingerprint and fingerprint not in memory.get(user, "")):
             memory[user] = verdict(line)

@@ -86,7 +86,7 @@ class Settings:
 def load_environment_variables(
     env_file: Path = HERE / ".env", environ: Mapping[str, str] = os.environ, *, needs_key: bool = True
 ) -> Settings:
-    """The settings of `environ`, else of the `.env` file (contract 2). Raises OSError; SettingsError, all at once."""
+    """The settings of `environ`, else of the file (contract 2). Raises OSError, or SettingsError for all complaints."""
     complaints: list[str] = []
     values = {**read_env_file(env_file, complaints), **environ}
     read_secret("DB_PASSWORD", values, complaints)
@@ -126,7 +126,7 @@ def load_environment_variables(
 
 
 def read_env_file(env_file: Path, complaints: list[str]) -> dict[str, str | None]:
-    """What the file sets, as it stands there: a password may hold ${...}. There need be no `.env`. Raises OSError."""
+    """What the file sets; ${...} is left, for a password may hold it. There need be no `.env`. Raises OSError."""
     if env_file == HERE / ".env" and not env_file.exists():
         return {}
     with env_file.open(encoding="utf-8", errors="surrogateescape") as lines:
@@ -137,7 +137,7 @@ def read_env_file(env_file: Path, complaints: list[str]) -> dict[str, str | None
 
 
 def read_secret(name: str, values: dict[str, str | None], complaints: list[str]) -> None:
-    """Set a secret to what the file that `<name>_FILE` names holds, without a line break at its end."""
+    """Take a secret from the file that `<name>_FILE` names, if it is set: without one line break at the end."""
     file = (values.get(f"{name}_FILE") or "").strip()
     if file and values.get(name):
         complaints.append(f"{name} and {name}_FILE are both set: keep one of them")
@@ -175,7 +175,7 @@ def ca_file(text: str) -> str:
 
 
 class Reason(NamedTuple):
-    """Why a user failed. `endpoint` is None for a row that cannot be sent, `status` for a call that got no answer."""
+    """Why a user failed. `endpoint` is None for what was not sent, `status` for a call that got no answer."""
 
     endpoint: str | None
     status: int | None
@@ -226,7 +226,7 @@ class Delivery:
         if self.problem:
             return [Reason(None, None, None, self.problem)]
         reasons = [Reason(call.endpoint, call.status, call.code, call.reason) for call in self.calls if not call.ok]
-        return reasons or [Reason("events/track", None, None, "the run ended before the event was sent")]
+        return reasons or [Reason(None, None, None, "events/track not sent: the run ended before")]
 
     def as_line(self) -> dict[str, Any]:
         """The user's line in the results file (contract 7)."""
@@ -272,7 +272,7 @@ class Stop(threading.Event):
 
 
 def listen_for_signals() -> Stop:
-    """The first SIGINT, SIGTERM or SIGHUP asks for a stop, a second one ends the process at once.
+    """The first SIGINT, SIGTERM or SIGHUP while users are sent asks for a stop, any other ends the process at once.
 
     A thread waits for them: no line of the program is interrupted, and none that blocks in C delays them.
     """
@@ -319,7 +319,7 @@ def to_send(records: deque[Record], project: str, report: Report, collect: Calla
             yield delivery
         else:
             report.record(delivery)
-            collect(report.total + 1)  # who is done meanwhile: many may be left out between two that are sent
+            collect(report.total + 1)  # no wait: who is done by now, for many may be left out between two
 
 
 def deliver(records: deque[Record], client: IterableClient, settings: Settings, report: Report) -> None:
@@ -334,7 +334,7 @@ def deliver(records: deque[Record], client: IterableClient, settings: Settings, 
         threads.submit(send, group, client).add_done_callback(done.put)
 
     def collect(limit: int) -> None:
-        """Record who is done, until fewer than `limit` users are open. Who has no verdict of a group is sent alone."""
+        """Record who is done, until fewer than `limit` users are open. Whom a group left open is sent alone."""
         while len(report.open) >= limit or not done.empty():
             report.progress()
             with contextlib.suppress(queue.Empty):
@@ -354,7 +354,7 @@ def deliver(records: deque[Record], client: IterableClient, settings: Settings, 
                 begin(group)
                 collect(most)
             collect(1)
-        except Exception as error:  # of whatever kind it is
+        except Exception as error:  # of any kind: who was told goes on record all the same
             log.critical("Unexpected error", exc_info=error, extra=FILE_ONLY)
             advice = "see the log file; if memory or threads ran out, lower MAX_WORKERS, or raise ulimit -v or -u"
             report.stop.ask("aborted", NOT_ALL, f"unexpected error {error!r}: {advice}")
@@ -366,7 +366,7 @@ def deliver(records: deque[Record], client: IterableClient, settings: Settings, 
 
 # Reporting
 
-WORDS = {  # for each status: in the line of a user, who may have none, and in the summary
+WORDS = {  # for each status: those of a user's line, if there is one, and those of the summary
     "would_send": ("", "Would send"),
     "success": ("✓ Successfully processed user", "✓ Successful (both API calls)"),
     "partial_failure": ("⚠ Partially processed user", "⚠ Partial failures (one call failed)"),
@@ -423,7 +423,7 @@ class Report:
         self.progress()
 
     def _tell(self, delivery: Delivery) -> None:
-        """Above 100 users the console has progress and the first failures, and the log one line a success."""
+        """Above MANY users the console has progress and the first failures, and the log one line a success."""
         many, status = self.total > MANY, delivery.status
         failed = status.endswith("failure")
         level = logging.ERROR if failed else logging.INFO
@@ -435,15 +435,15 @@ class Report:
         who = str(delivery.email or "").strip()[:320] or f"customer {delivery.user_id}"
         place = f"record {delivery.record}/{self.total}"
         self._new_failures += failed and not delivery.hidden
-        hidden = delivery.hidden or (many and (not failed or self._new_failures > SHOWN_FAILURES))
-        extra = FILE_ONLY if hidden else {}
+        file_only = delivery.hidden or (many and (not failed or self._new_failures > SHOWN_FAILURES))
+        extra = FILE_ONLY if file_only else {}
         if not many:
             log.info("", extra=extra)
             log.info("Processing record %d/%d", delivery.record, self.total, extra=extra)
         for call in () if many and status == "success" else delivery.calls:
             log.log(logging.INFO if call.ok else level, "%s (%s, %s)", call.headline, place, who, extra=FILE_ONLY)
             if not call.ok:
-                answer = " ".join((call.body or call.message).split())  # no sooner: a secret may hold two blanks
+                answer = " ".join((call.body or call.message).split())  # once redacted: a secret may hold blanks
                 log.log(level, "Response: %s", answer, extra=FILE_ONLY)
         where = f" ({place})" if many else ""
         why = f": {', '.join(reason.short for reason in delivery.reasons)}" if failed else ""
@@ -467,7 +467,7 @@ class Report:
         speed = round(done / seconds, 1) if seconds else 0.0
         exit_code = NOT_ALL if self.failures else SUCCESS
         numbers = {status.replace("failure", "failures"): counts[status] for status in WORDS}
-        numbers["not_attempted"] += numbers.pop("would_send")
+        numbers["not_attempted"] += numbers.pop("would_send")  # for which contract 7 has no key
         reasons = (self._news + self._hidden).most_common()
         summary = {
             "outcome": self.stop.outcome,
@@ -529,7 +529,7 @@ def run_integration(settings: Settings, options: argparse.Namespace, stop: Stop)
         if len(rows) < (options.at_least or 0):
             raise DatabaseError(f"Nothing is sent: {len(rows)} users found, fewer than --at-least {options.at_least}")
         records = deque(rows[: options.limit])
-        del rows  # or none would make room when it is done
+        del rows  # or this list would keep each until the end
         gc.freeze()  # the rows are no garbage; to look through them again and again would stop every thread
         log.info("[STEP 4] Initializing Iterable API client...")
         client = iterable_client(settings, stop)
@@ -567,7 +567,7 @@ def iterable_client(s: Settings, stop: Stop) -> IterableClient:
 
 @contextlib.contextmanager
 def item(codes: list[int], words: str) -> Iterator[None]:
-    """A line of the checklist, and the exit code for `codes` where it fails."""
+    """A line of the checklist: ✓ if the block ends well, else ✗ and why, and its exit code for `codes`."""
     try:
         yield
         log.info("✓ %s", words)
@@ -588,7 +588,7 @@ def check(settings: Settings, stop: Stop) -> int:
     with item(codes, "Database can be reached and is new enough"), database_connection(settings):
         pass
     with item(codes, "Tables and columns of the query are there"), database_connection(settings) as database:
-        query = read_query(QUERIES, "query_2")  # no EXPLAIN: an account that may read views only must not use it
+        query = read_query(QUERIES, "query_2")  # no EXPLAIN: an account that may read views only is not allowed it
         database.execute_query(f"SELECT * FROM ({query}) AS query_2 WHERE FALSE")  # noqa: S608
     with item(codes, "The latest page view is not in the future"), database_connection(settings) as database:
         [row] = database.execute_query(read_query(QUERIES, "future_views"))
@@ -636,7 +636,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.check:
             return check(settings, stop)
         log.info("Starting Iterable Integration - Phase 3")
-        log.info("[STEP 1] Loading environment variables...")
+        log.info("[STEP 1] Loading environment variables...")  # they are: the log file is one
         return run_integration(settings, options, stop)
     except (SettingsError, OSError, DatabaseError, MemoryError) as error:
         advice = ": check LOG_FILE, RESULTS_DIR or --env-file" if getattr(error, "filename", None) else ""

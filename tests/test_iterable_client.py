@@ -150,7 +150,7 @@ def test_a_value_is_sent_as_text(value: str | int) -> None:
             "no usable e-mail address: correct it in the customers",
         ),
         ("event_time", NO_TIMES, "event_time is not a date with a time: correct the column in page_views"),
-        ("view_id", (None, "", "a b", "ä", "37\n", "37.5", "x" * 503), "the view's id is none for an event"),
+        ("view_id", (None, "", "a b", "ä", "37\n", "37.5", "x" * 503), "the view's id cannot be an event's"),
         ("location", ("Jos\udce9",), "location is no text in UTF-8: change the column's type"),
     ],
 )
