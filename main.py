@@ -344,7 +344,7 @@ def deliver(records: deque[Record], client: IterableClient, settings: Settings, 
                         report.record(each)
                     else:
                         begin([each])
-            if why := client.refused or report.hopeless:
+            if why := client.refused or ("" if report.stop.is_set() else report.hopeless):
                 client.halted.set()
                 report.stop.ask("aborted", GIVEN_UP, why)
 
@@ -408,7 +408,7 @@ class Report:
         self.counts[status] += 1
         if delivery.users_update:
             self._unusable_in_a_row = 0 if any(call.usable for call in delivery.calls) else self._unusable_in_a_row + 1
-            if self._unusable_in_a_row == UNUSABLE_IN_A_ROW and not self.stop.is_set():
+            if self._unusable_in_a_row == UNUSABLE_IN_A_ROW:
                 self.hopeless = f"{UNUSABLE_IN_A_ROW} users in a row got no usable answer"
         if status.endswith("failure"):
             self.failures += 1

@@ -367,17 +367,22 @@ def test_who_is_done_is_looked_for_at_each_row_that_is_not_sent(tmp_path: Path) 
 
 
 def test_a_run_that_is_given_up_sends_nothing_more_and_one_that_is_stopped_is_not_given_up(tmp_path: Path) -> None:
+    class Stopped(Report):
+        """A signal arrives in the moment in which the run would be given up."""
+
+        def record(self, delivery: main.Delivery) -> None:
+            super().record(delivery)
+            if self.hopeless:
+                self.stop.ask("interrupted", 143, "Stopped by SIGTERM")
+
     results = ResultsFile(tmp_path, {"mode": "send"}, datetime.now().astimezone())
-    given_up, stopped = (Report(200, parse_arguments([]), {}, results, Stop()) for _ in range(2))
-    client: Any = mock.Mock(halted=threading.Event(), refused="")
-    client.post = lambda endpoint, bodies: {email: CallResult(endpoint, False) for email in bodies}
     rows = [ROW._replace(email=f"{number}@x", view_id=number) for number in range(200)]
-    main.deliver(deque(rows), client, replace(SETTINGS, max_workers=30), given_up)
-    assert (client.halted.is_set(), given_up.stop.exit_code, given_up.counts.total()) == (True, 4, 200)
-    stopped.stop.ask("interrupted", 143, "Stopped by SIGTERM")
-    for number in range(1, 31):
-        stopped.record(main.Delivery(number, number, "a@x", users_update=CallResult(UPDATE, False)))
-    assert (len(given_up.hopeless) > 0, stopped.hopeless) == (True, "")
+    for kind, halted, exit_code in ((Report, True, 4), (Stopped, False, 143)):
+        client: Any = mock.Mock(halted=threading.Event(), refused="")
+        client.post = lambda endpoint, bodies: {email: CallResult(endpoint, False) for email in bodies}
+        report = kind(200, parse_arguments([]), {}, results, Stop())
+        main.deliver(deque(rows), client, replace(SETTINGS, max_workers=30), report)
+        assert (client.halted.is_set(), report.stop.exit_code, report.counts.total()) == (halted, exit_code, 200)
 
 
 @hypothesis_settings(deadline=None, max_examples=150)
