@@ -1,111 +1,307 @@
-"""Iterable's REST API: what it is sent, how fast, what is tried again, and what an answer means."""
+"""Iterable: what it is sent, how fast and how often, and what its answers mean.
+
+An `IterableClient` makes one call at a time, with its retries. A `Sender` makes the
+calls of many users, in threads and groups. The facts about the API come from
+https://api.iterable.com/api/docs, unless another page is named.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import http.client
 import itertools
 import json
 import logging
 import math
+import mmap
 import os
+import queue
 import random
 import re
+import socket
 import ssl
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime
-from threading import Event, Lock
+from enum import Enum
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import urllib3
-from requests.adapters import HTTPAdapter
-from requests.utils import DEFAULT_CA_BUNDLE_PATH, get_environ_proxies, select_proxy
-from urllib3 import exceptions as failures
+from requests.utils import (
+    DEFAULT_CA_BUNDLE_PATH,
+    get_environ_proxies,
+    select_proxy,
+)
+from urllib3 import exceptions as urllib3_errors
+from urllib3.connection import HTTPConnection, HTTPSConnection
 
 log = logging.getLogger(__name__)
 
-
-# What is sent
-
-USERS_UPDATE, USERS_BULK_UPDATE = "users/update", "users/bulkUpdate"
-EVENTS_TRACK, EVENTS_TRACK_BULK = "events/track", "events/trackBulk"
-BULK = {USERS_UPDATE: USERS_BULK_UPDATE, EVENTS_TRACK: EVENTS_TRACK_BULK}
-LIMITS = {USERS_UPDATE: 500, EVENTS_TRACK: 2000, USERS_BULK_UPDATE: 5, EVENTS_TRACK_BULK: 10}  # calls a second
-BULK_BODY = {USERS_BULK_UPDATE: '{"users":[%s]}', EVENTS_TRACK_BULK: '{"events":[%s]}'}
-MOST_ITEMS = 1000  # of a bulk body
-MOST_BYTES = 1_000_000  # of a group: Iterable takes 4 MB of users in a body, and does not say how much of events
-
-NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what stands in a record for bytes that are no text
-
-compact_json = json.JSONEncoder(separators=(",", ":")).encode  # in ASCII: its length is its bytes
+# The `extra` of a log line that the console does not show.
+FILE_ONLY = {"destination": "file"}
 
 
-def user_payload(record: Any) -> dict[str, Any]:
-    """The object of users/update (contract 4) for a row of Query 2. Raises ValueError: why it cannot be sent."""
-    fields = {**texts(record, "first_name", "plan_type"), "recent_page_view": True, "candidate": "yes"}
-    return {"email": address(record), "dataFields": fields}
+# Endpoints
 
 
-def event_payload(record: Any) -> dict[str, Any]:
-    """The object of events/track (contract 4) for a row of Query 2, whose `event_time` is UTC. Raises ValueError.
+@dataclass(frozen=True)
+class Endpoint:
+    """A path of the API.
 
-    `id` and `createdAt` make a repeat harmless: the same view is the same event, at its own time.
+    `limit` is the number of calls a second that Iterable allows a project.
+    `items_key` names the list in the body of a bulk endpoint. `starts_user` says that
+    its call is the first of a user, so none may start when the run is ending.
     """
-    time = re.fullmatch(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(\.\d+)?", str(record.event_time))
-    try:
-        at = datetime.fromisoformat(f"{time[1]}+00:00" if time else "")
-    except ValueError:
-        raise ValueError("event_time is not a date with a time: correct the column in page_views") from None
-    event_id = f"page-view-{'?' if record.view_id is None else record.view_id}"
-    if not re.fullmatch(r"page-view-[A-Za-z0-9-]{1,502}", event_id):
-        raise ValueError("the view's id cannot be an event's (letters, digits and - only): correct it in page_views")
-    fields = {**texts(record, "page", "browser", "location"), "timestamp": str(at)[:19], "candidate": "yes"}
-    email, seconds = address(record), int(at.timestamp())
-    return {"email": email, "eventName": "page_view", "id": event_id, "createdAt": seconds, "dataFields": fields}
+
+    path: str
+    limit: int
+    method: str = "POST"
+    items_key: str = ""
+    starts_user: bool = False
 
 
-def address(record: Any) -> str:
-    email = str(record.email or "").strip().lower()
-    if "@" not in email or NOT_UTF8.search(email):
-        raise ValueError("no usable e-mail address: correct it in the customers table")
-    return email
+USERS_UPDATE = Endpoint("users/update", limit=500, starts_user=True)
+EVENTS_TRACK = Endpoint("events/track", limit=2000)
+USERS_BULK_UPDATE = Endpoint(
+    "users/bulkUpdate", limit=5, items_key="users", starts_user=True
+)
+EVENTS_TRACK_BULK = Endpoint("events/trackBulk", limit=10, items_key="events")
+USERS_GET_FIELDS = Endpoint("users/getFields", limit=3, method="GET")
+
+ENDPOINTS = (
+    USERS_UPDATE,
+    EVENTS_TRACK,
+    USERS_BULK_UPDATE,
+    EVENTS_TRACK_BULK,
+    USERS_GET_FIELDS,
+)
+BULK_ENDPOINTS = {USERS_UPDATE: USERS_BULK_UPDATE, EVENTS_TRACK: EVENTS_TRACK_BULK}
+
+# Iterable states no number of items; a thousand is what its own clients send.
+MAX_GROUP_USERS = 1000
+# Of both bodies of a group together. Iterable takes 4 MB of users, and states no limit
+# for events.
+MAX_GROUP_BYTES = 1_000_000
+# Users of a bulk run in flight. More would only wait for their turn, and take memory.
+MAX_BULK_IN_FLIGHT = 10_000
 
 
-def texts(record: Any, *columns: str) -> dict[str, str]:
-    """The columns as text, without those that are NULL: a null would delete the field in Iterable."""
-    found = {column: str(value) for column in columns if (value := getattr(record, column)) is not None}
-    for column, text in found.items():
-        if not text.isascii() and NOT_UTF8.search(text):
-            raise ValueError(f"{column} is no text in UTF-8: change the column's type")
-    return found
+# Payloads
 
 
-def in_groups(deliveries: Iterable[Any], most: int) -> Iterator[list[Any]]:
-    """Groups of at most `most` and 1 MB, by the `user` and `event` payloads of each."""
-    group: list[Any] = []
-    size = 0
-    for delivery in deliveries:
-        length = len(delivery.user) + len(delivery.event) + 2
-        if group and (len(group) == most or size + length > MOST_BYTES):
-            yield group
-            group, size = [], 0
-        group.append(delivery)
-        size += length
-    if group:
-        yield group
+class IdentifyBy(str, Enum):
+    """How a project identifies its users, by the key that a payload has for it.
+
+    https://support.iterable.com/hc/en-us/articles/9216719179796
+    """
+
+    EMAIL = "email"
+    USER_ID = "userId"
+
+
+class Identity(NamedTuple):
+    """Who a user is for Iterable: the key of the payload, and its value."""
+
+    identify_by: IdentifyBy
+    value: str
+
+
+# A row of Query 2: user_id, first_name, email, plan_type, view_id, page, browser,
+# location, and event_time in UTC.
+Row = Mapping[str, int | str | None]
+
+
+class UnusableRow(Exception):
+    """A row cannot be sent. The text says why, and then what to correct."""
+
+    def __init__(self, problem: str, cure: str) -> None:
+        super().__init__(f"{problem}: {cure}")
+        self.brief = problem
+
+
+# Half a surrogate pair, as which the database module returns a byte that is not UTF-8.
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")
+# https://support.iterable.com/hc/en-us/articles/9216719179796: at most 52 characters
+_USER_ID = re.compile(r"[!-~]([ -~]{0,50}[!-~])?")
+# The id of an event has at most 512 bytes: letters, digits and hyphens.
+_EVENT_ID = re.compile(r"page-view-[A-Za-z0-9-]{1,502}")
+_EVENT_TIME = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(\.\d+)?")
+
+# The types of the fields of a user, by the names that users/getFields has for them.
+USER_FIELD_TYPES = {
+    "first_name": "string",
+    "plan_type": "string",
+    "recent_page_view": "boolean",
+    "candidate": "string",
+}
+
+# In ASCII, so the length of a payload is its number of bytes.
+to_compact_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def identify(row: Row, identify_by: IdentifyBy) -> Identity:
+    """Return the identity of a row's user. Raises UnusableRow."""
+    if identify_by is IdentifyBy.USER_ID:
+        user_id = "" if row["user_id"] is None else str(row["user_id"])
+        if not _USER_ID.fullmatch(user_id):
+            raise UnusableRow(
+                "customers.id cannot be a user ID",
+                "it needs 1 to 52 printable ASCII characters, no space at either end",
+            )
+        return Identity(identify_by, user_id)
+    email = normalize_email(row["email"])
+    if "@" not in email or _NOT_UTF8.search(email):
+        raise UnusableRow(
+            "no usable e-mail address", "correct it in the customers table"
+        )
+    return Identity(identify_by, email)
+
+
+def normalize_email(email: object) -> str:
+    """Return an address as Iterable stores it; empty for NULL."""
+    return "" if email is None else str(email).strip().lower()
+
+
+def make_user_payload(row: Row, identity: Identity) -> dict[str, Any]:
+    """Return the body of users/update for a row. Raises UnusableRow."""
+    fields: dict[str, Any] = {}
+    if identity.identify_by is IdentifyBy.USER_ID:
+        email = normalize_email(row["email"])
+        if email:
+            fields["email"] = _check_text("email", email)
+    _add_text(fields, "first_name", row)
+    _add_text(fields, "plan_type", row)
+    fields["recent_page_view"] = True
+    fields["candidate"] = "yes"
+    return {identity.identify_by.value: identity.value, "dataFields": fields}
+
+
+def make_event_payload(row: Row, identity: Identity) -> dict[str, Any]:
+    """Return the body of events/track for a row. Raises UnusableRow.
+
+    `id` and `createdAt` make a repeat harmless: the same view is the same event, at
+    its own time, however often it is sent.
+    """
+    viewed_at = _parse_event_time(row["event_time"])
+    fields: dict[str, Any] = {}
+    _add_text(fields, "page", row)
+    _add_text(fields, "browser", row)
+    _add_text(fields, "location", row)
+    fields["timestamp"] = viewed_at.strftime("%Y-%m-%d %H:%M:%S")
+    fields["candidate"] = "yes"
+    return {
+        identity.identify_by.value: identity.value,
+        "eventName": "page_view",
+        "id": _make_event_id(row["view_id"]),
+        "createdAt": int(viewed_at.timestamp()),
+        "dataFields": fields,
+    }
+
+
+def make_reset_payload(identity: Identity) -> dict[str, Any]:
+    """Return the body of users/update for a user who left the segment."""
+    fields = {"recent_page_view": False}
+    return {identity.identify_by.value: identity.value, "dataFields": fields}
+
+
+def _make_event_id(view_id: object) -> str:
+    event_id = f"page-view-{view_id}"
+    if view_id is None or not _EVENT_ID.fullmatch(event_id):
+        raise UnusableRow(
+            "the view's id cannot be an event's (letters, digits and - only)",
+            "correct it in page_views",
+        )
+    return event_id
+
+
+def _parse_event_time(text: object) -> datetime:
+    found = _EVENT_TIME.fullmatch(str(text))
+    if found:
+        try:
+            return datetime.fromisoformat(f"{found[1]}+00:00")
+        except ValueError:
+            pass  # a date that no calendar has, such as 0000-00-00
+    raise UnusableRow(
+        "event_time is not a date with a time", "correct the column in page_views"
+    )
+
+
+def _add_text(fields: dict[str, Any], column: str, row: Row) -> None:
+    """Add a column as text. NULL is left out: a null would delete Iterable's field."""
+    value = row[column]
+    if value is not None:
+        fields[column] = _check_text(column, str(value))
+
+
+def _check_text(column: str, text: str) -> str:
+    if not text.isascii() and _NOT_UTF8.search(text):
+        raise UnusableRow(f"{column} is no text in UTF-8", "change the column's type")
+    return text
 
 
 # What an answer means
 
+MAX_KEPT_TEXT = 500  # characters of an answer that log and results file keep
+RETRYABLE_STATUSES = {408, 429, 500, 502, 503, 504}
+DISALLOWED = "is disallowed from tracking"  # stands in the `msg` of a 200
+TYPE_CLASH = "RequestFieldsTypesMismatched"
+
+CHECK_URL = "check ITERABLE_API_BASE_URL and the network"
+NOT_ITERABLE = (
+    "this is not Iterable's API: check ITERABLE_API_BASE_URL, and any proxy between"
+)
+BROKEN = f"the connection broke before the answer was whole: {CHECK_URL}"
+REDIRECT = f"a redirect, which is never followed: {NOT_ITERABLE}"
+IN_TROUBLE = (
+    "Iterable is in trouble: run again later, and see https://status.iterable.com"
+)
+THROTTLED = (
+    "the project's rate limit was used up: lower ITERABLE_RATE_LIMIT,"
+    " or run when less else writes"
+)
+CHECK_KEY = (
+    "check ITERABLE_API_KEY (a server-side key of this project, not disabled),"
+    " and that ITERABLE_API_BASE_URL is that of its region:"
+    " https://api.iterable.com (US) or https://api.eu.iterable.com (EU)"
+)
+SAME_IDENTITY = (
+    "another user of the project has this identity: merge the two in Iterable"
+)
+NOT_TRACKED = (
+    "tracking is switched off for this user or event: see the project's settings"
+    " in Iterable"
+)
+TOO_SLOW = (
+    "no answer in time: Iterable is slow or out of reach;"
+    " ITERABLE_TIMEOUT is the time it gets"
+)
+ADVICE_BY_CODE = {
+    "InvalidEmailAddressError": (
+        "Iterable refuses the address as invalid: correct it in the customers table"
+    ),
+    "UniqueFieldsLimitExceeded": (
+        "the project has no room for new fields: delete unused ones in Iterable"
+    ),
+    "ExternalKeyConflict": SAME_IDENTITY,
+    "EmailAlreadyExists": SAME_IDENTITY,
+    "UserIdAlreadyExists": SAME_IDENTITY,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class CallResult:
-    """How one call ended, all its attempts included. No API key is in it.
+    """How a call ended, all its attempts included. It holds no secret.
 
-    `status` is None when no answer came. `message` is Iterable's own text, or what happened on the way. `reason` says
-    it in words a person can act on, without what is particular to this user, so that equal reasons can be counted.
-    `unconfirmed` are the addresses that a bulk answer does not confirm.
+    `status` is None when there was no answer. `message` is Iterable's own `msg`, or
+    what happened instead. `reason` says it in words that a person can act on, without
+    anything particular to the user, so that equal reasons can be counted together.
+    `body` is the beginning of the answer. `is_refused_key` says that Iterable itself
+    does not accept the API key, `is_unexpected` that an error of this program came.
     """
 
     endpoint: str
@@ -116,151 +312,295 @@ class CallResult:
     reason: str = ""
     body: str = ""
     attempts: int = 1
-    retryable: bool = False
-    unconfirmed: frozenset[str] = frozenset()
-
-    @property
-    def as_json(self) -> dict[str, Any]:
-        """The call in the results file (contract 7)."""
-        return {key: getattr(self, key) for key in ("endpoint", "ok", "status", "code", "message", "attempts")}
+    is_retryable: bool = False
+    is_refused_key: bool = False
+    is_unexpected: bool = False
 
     @property
     def headline(self) -> str:
-        """The call as the log names it (contract 5)."""
+        """The call as the log names it."""
+        if self.ok and self.code:
+            return f"{self.endpoint} call successful: {self.code}"
         if self.ok:
-            return f"{self.endpoint} call successful" + (f": {self.code}" if self.code else "")
+            return f"{self.endpoint} call successful"
+        if self.is_unexpected:
+            return f"Unexpected error in {self.endpoint}"
         if self.status is None:
             return f"No answer from {self.endpoint}"
-        kind = {3: "Redirect", 4: "4xx Client Error", 5: "5xx Server Error"}.get(self.status // 100, "Unusable answer")
+        kinds = {3: "Redirect", 4: "4xx Client Error", 5: "5xx Server Error"}
+        kind = kinds.get(self.status // 100, "Unusable answer")
         return f"{kind} from {self.endpoint}: Status {self.status}"
 
     @property
-    def forgotten(self) -> bool:
-        return (self.status, self.code) == (409, "ForgottenUserError")
+    def is_forgotten(self) -> bool:
+        """Whether the user asked Iterable to forget them: every write is refused."""
+        return self.status == 409 and self.code == "ForgottenUserError"
 
     @property
-    def usable(self) -> bool:
-        """Whether Iterable itself answered, be it with a refusal: there is no outage, and no other server answers."""
-        return self.ok or (self.code is not None and not self.retryable)
+    def is_usable(self) -> bool:
+        """Whether Iterable itself gave a final answer, even if a refusal."""
+        return self.ok or (self.code is not None and not self.is_retryable)
 
 
-LONGEST_TEXT = 500  # characters of an answer that are kept
-TRY_AGAIN = {408, 429, 500, 502, 503, 504}
-DISALLOWED = "is disallowed from tracking"
-CHECK_URL = "check ITERABLE_API_BASE_URL and the network"
-NOT_ITERABLE = "this is not Iterable's API: check ITERABLE_API_BASE_URL, and any proxy between"
-KEY_REFUSED = (
-    "Iterable refused the API key: check ITERABLE_API_KEY (a server-side key of this project, not disabled), and that "
-    "ITERABLE_API_BASE_URL is that of its region: https://api.iterable.com (US) or https://api.eu.iterable.com (EU)"
-)
-IDENTITY = "another user of the project has this identity: merge the two in Iterable"
-ADVICE: dict[str | int, str] = {  # by what Iterable says, else by the status
-    DISALLOWED: "tracking is switched off for this user or event: see the project's settings in Iterable",
-    "InvalidEmailAddressError": "Iterable refuses the address as invalid: correct it in the customers table",
-    "UniqueFieldsLimitExceeded": "the project has no room for new fields: delete unused ones in Iterable",
-    **dict.fromkeys(("ExternalKeyConflict", "EmailAlreadyExists", "UserIdAlreadyExists"), IDENTITY),
-    **dict.fromkeys((401, 403), KEY_REFUSED),
-    **dict.fromkeys(range(300, 400), f"a redirect, which is never followed: {NOT_ITERABLE}"),
-    **dict.fromkeys(TRY_AGAIN, "Iterable is in trouble: run again later, and see https://status.iterable.com"),
-    429: "the project's rate limit was used up: lower ITERABLE_RATE_LIMIT, or run when less else writes",
-}
-NO_ANSWER: dict[Any, str] = {  # what happened, by the error of urllib3: the first that fits
-    failures.ProxyError: "the proxy does not work ({}): check HTTPS_PROXY and ALL_PROXY",
-    failures.SSLError: f"no encrypted connection ({{}}): {CHECK_URL}; REQUESTS_CA_BUNDLE is for a company's own CA",
-    (failures.NameResolutionError, failures.LocationParseError): f"the host name is unknown (DNS): {CHECK_URL}",
-    failures.NewConnectionError: f"no connection ({{}}): {CHECK_URL}",
-    failures.TimeoutError: "no answer in time: Iterable is slow or out of reach; ITERABLE_TIMEOUT is the time it gets",
-    failures.HTTPError: f"the connection broke before the answer was whole: {CHECK_URL}",
-}
+@dataclass(frozen=True, slots=True)
+class GroupResult(CallResult):
+    """How a bulk call ended that got an answer.
 
-
-def interpret(endpoint: str, status: int, text: str) -> CallResult:
-    """What an answer means: the HTTP status first, then Iterable's `code` (contract 5)."""
-    answer = parse(text)
-    code, message = (answer[key] if isinstance(answer.get(key), str) else "" for key in ("code", "msg"))
-    if status // 100 == 2 and code == "Success" and DISALLOWED not in message:
-        return CallResult(endpoint, True, status, code, message)
-    clash = code == "RequestFieldsTypesMismatched"
-    advice = ADVICE.get(DISALLOWED if DISALLOWED in message else code) or ADVICE.get(status)
-    otherwise = (message or "Iterable does not say why") if code else NOT_ITERABLE
-    reason = type_clash(answer) if clash else advice or otherwise
-    shown = json.dumps(answer, ensure_ascii=False) if "\\" in text and answer else text  # no escapes hide a secret
-    retryable = status in TRY_AGAIN and not clash
-    return CallResult(endpoint, False, status, code or None, message, reason, shown, retryable=retryable)
-
-
-def interpret_bulk(endpoint: str, status: int, text: str, emails: Sequence[str]) -> CallResult:
-    """What a bulk answer means for a group of these addresses, all in lower case (contract 5).
-
-    It is a success when it adds up: then whoever is not `unconfirmed` was told. Else it tells nothing about anybody.
+    If it is `ok`, the users in `confirmed` (the values of their identities) were
+    delivered, and the others were not. If not, nothing is known about any of them.
     """
-    answer = parse(text)
-    nested = answer.get("failedUpdates")
-    lists = [*answer.items(), *(nested.items() if isinstance(nested, dict) else ())]
-    # The conflict lists name the user who was there first, who may be another one of the group.
-    named = [each for key, some in lists if isinstance(some, list) and not key.startswith("conflict") for each in some]
-    unconfirmed = frozenset(emails).intersection(each.lower() for each in named if isinstance(each, str))
-    counts = answer.get("successCount"), answer.get("failCount")
-    refusal = answer.get("disallowedEventNames") or DISALLOWED in text or answer.get("code", "Success") != "Success"
-    if status // 100 == 2 and counts == (len(emails) - len(unconfirmed), len(unconfirmed)) and not refusal:
-        return CallResult(endpoint, True, status, unconfirmed=unconfirmed)
-    result = interpret(endpoint, status, text)
-    reason = "the answer does not add up" if status // 100 == 2 else result.reason
-    return replace(result, ok=False, code=None, reason=reason)  # a code says nothing about one user
+
+    confirmed: frozenset[str] = frozenset()
+    dropped_fields: frozenset[str] = frozenset()
 
 
-def parse(text: str) -> dict[str, Any]:
-    with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(answer := json.loads(text), dict):
-            return answer
-    return {}
+@dataclass(frozen=True, slots=True)
+class FieldsResult(CallResult):
+    """The answer of users/getFields: the type of each field that users have."""
+
+    fields: tuple[tuple[str, str], ...] = ()
 
 
-def type_clash(answer: dict[str, Any]) -> str:
-    """RequestFieldsTypesMismatched as a sentence: which field, what Iterable expects, what was sent."""
+def interpret(endpoint: Endpoint, status: int, text: str) -> CallResult:
+    """Return what an answer means.
+
+    Only a status of 2xx with the code Success is a success: Iterable answers some
+    refusals with one of the two.
+    """
+    answer = _parse_object(text)
+    code = _get_text(answer, "code")
+    message = _get_text(answer, "msg") or ""
+    is_success = status // 100 == 2 and code == "Success"
+    if is_success and DISALLOWED not in message:
+        return CallResult(
+            endpoint.path, ok=True, status=status, code=code, message=message
+        )
+    is_clash = code == TYPE_CLASH
+    return CallResult(
+        endpoint.path,
+        ok=False,
+        status=status,
+        code=code or None,
+        message=message,
+        reason=_explain_refusal(status, answer),
+        body=_unescape(text, answer),
+        # Iterable has answered type clashes with a 500.
+        is_retryable=status in RETRYABLE_STATUSES and not is_clash,
+        is_refused_key=status in (401, 403) and _is_from_iterable(answer),
+    )
+
+
+def interpret_group(
+    endpoint: Endpoint, status: int, text: str, identities: Sequence[Identity]
+) -> GroupResult:
+    """Return what the answer to a bulk call means for these users.
+
+    It is believed only when its counts add up with the users that its lists name.
+    """
+    answer = _parse_object(text)
+    sent = {identity.value for identity in identities}
+    failed = sent & _find_named_users(answer, identities[0].identify_by)
+    expected_counts = (len(sent) - len(failed), len(failed))
+    counts = (answer.get("successCount"), answer.get("failCount"))
+    is_success = status // 100 == 2
+    if is_success and counts == expected_counts and not _is_refused(answer, text):
+        return GroupResult(
+            endpoint.path,
+            ok=True,
+            status=status,
+            confirmed=frozenset(sent - failed),
+            dropped_fields=_find_dropped_fields(answer),
+        )
+    as_single = interpret(endpoint, status, text)
+    # Without a code: that of a bulk answer says nothing about one user.
+    return GroupResult(
+        endpoint.path,
+        ok=False,
+        status=status,
+        message=as_single.message,
+        reason="the answer does not add up" if is_success else as_single.reason,
+        body=_unescape(text, answer),
+        is_retryable=as_single.is_retryable,
+        is_refused_key=as_single.is_refused_key,
+    )
+
+
+def interpret_fields(status: int, text: str) -> CallResult:
+    """Return what the answer of users/getFields means."""
+    fields = _parse_object(text).get("fields")
+    if status // 100 == 2 and isinstance(fields, dict):
+        types = tuple((name, str(type_name)) for name, type_name in fields.items())
+        return FieldsResult(USERS_GET_FIELDS.path, ok=True, status=status, fields=types)
+    return interpret(USERS_GET_FIELDS, status, text)
+
+
+def _is_refused(answer: dict[str, Any], text: str) -> bool:
+    """Whether a bulk answer refuses something although its counts may add up."""
+    if answer.get("disallowedEventNames") or DISALLOWED in text:
+        return True
+    return "code" in answer and bool(answer["code"] != "Success")
+
+
+def _find_dropped_fields(answer: dict[str, Any]) -> frozenset[str]:
+    """Return the fields that a bulk answer says the project does not take."""
+    fields = answer.get("filteredOutFields")
+    if not isinstance(fields, list):
+        return frozenset()
+    return frozenset(field for field in fields if isinstance(field, str))
+
+
+def _find_named_users(answer: dict[str, Any], identify_by: IdentifyBy) -> set[str]:
+    """Return the users whom the lists of a bulk answer name.
+
+    A list named conflict... is left out. It names the other user of a conflict, who may
+    be in this group and delivered.
+    """
+    lists = [*answer.items(), *_get_items(answer.get("failedUpdates"))]
+    named: set[str] = set()
+    for key, values in lists:
+        if not isinstance(values, list) or key.startswith("conflict"):
+            continue
+        texts = {value for value in values if isinstance(value, str)}
+        if identify_by is IdentifyBy.EMAIL:
+            named |= {text.lower() for text in texts}
+        elif key.endswith("UserIds"):  # any text could be a user ID
+            named |= texts
+    return named
+
+
+def _get_items(value: object) -> list[tuple[str, Any]]:
+    return list(value.items()) if isinstance(value, dict) else []
+
+
+def _is_from_iterable(answer: dict[str, Any]) -> bool:
+    """Whether it has the form of Iterable's own answers, and not a firewall's."""
+    return bool(_get_text(answer, "code")) and _get_text(answer, "msg") is not None
+
+
+def _parse_object(text: str) -> dict[str, Any]:
+    """Return the JSON object in a text, or an empty one."""
+    try:
+        answer = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+def _get_text(answer: dict[str, Any], key: str) -> str | None:
+    value = answer.get(key)
+    return value if isinstance(value, str) else None
+
+
+def _unescape(text: str, answer: dict[str, Any]) -> str:
+    """Return the answer without JSON's escapes, which could hide a secret in it."""
+    if answer and "\\" in text:
+        return json.dumps(answer, ensure_ascii=False)
+    return text
+
+
+def _explain_refusal(status: int, answer: dict[str, Any]) -> str:
+    """Return in words why a call failed, from the most to the least specific."""
+    code = _get_text(answer, "code")
+    message = _get_text(answer, "msg") or ""
+    if code == TYPE_CLASH:
+        return _explain_type_clash(answer)
+    if DISALLOWED in message:
+        return NOT_TRACKED
+    if code in ADVICE_BY_CODE:
+        return ADVICE_BY_CODE[code]
+    if 300 <= status < 400:
+        return REDIRECT
+    if status == 429:
+        return THROTTLED
+    if status in RETRYABLE_STATUSES:
+        return IN_TROUBLE
+    is_key_refused = status in (401, 403)
+    if not code or (is_key_refused and not _is_from_iterable(answer)):
+        return NOT_ITERABLE
+    if is_key_refused:
+        words = f' ("{message}")' if message else ""
+        return f"Iterable refused the API key{words}: {CHECK_KEY}"
+    return message or "Iterable does not say why"
+
+
+def _explain_type_clash(answer: dict[str, Any]) -> str:
+    """Return which field has another type in Iterable than the value that was sent."""
+    params = answer.get("params")
+    errors = params.get("validationErrors") if isinstance(params, dict) else None
     sentences = []
-    with contextlib.suppress(AttributeError, KeyError, TypeError):  # an answer of another form says less
-        for field, facts in answer["params"]["validationErrors"].items():
-            sent = " or ".join(map(str, facts["incomingTypes"]))
-            sentences.append(f"field {field}: Iterable expects {facts['expectedType']}, but {sent} was sent")
-    return f"{'; '.join(sentences) or 'a field has another type'}: correct the column, or the field's type in Iterable"
+    for field, facts in _get_items(errors):
+        expected = facts.get("expectedType") if isinstance(facts, dict) else None
+        sent = facts.get("incomingTypes") if isinstance(facts, dict) else None
+        if expected and isinstance(sent, list):
+            types = " or ".join(str(type_name) for type_name in sent)
+            sentences.append(
+                f"field {field}: Iterable expects {expected}, but {types} was sent"
+            )
+    found = "; ".join(sentences) or "a field has another type"
+    return f"{found}: correct the column, or the field's type in Iterable"
 
 
-def interpret_error(endpoint: str, error: Exception) -> CallResult:
-    """What an error means that came in place of an answer. One that nobody thought of is not worth another try."""
-    cause = getattr(error, "original_error", None) or error.__cause__ or next(iter(error.args), error)
-    detail = getattr(cause, "strerror", None) or cause
-    known = [words.format(detail) for kinds, words in NO_ANSWER.items() if isinstance(error, kinds)]
-    if not known:
-        log.error("Unexpected error", exc_info=error, extra={"file_only": True})
-    words = known[0] if known else f"an unexpected error ({type(error).__name__}): see the log file"
-    return CallResult(endpoint, False, message=words, reason=words, retryable=bool(known))
+# Who may still start what
 
 
-# To whom, and when
+class RunControl:
+    """Says which calls a run may still start. Safe to use from any thread.
+
+    The first call of `end` decides how the run ends. `close` freezes that before the
+    summary is written, so console, results file and exit code agree.
+    """
+
+    def __init__(self) -> None:
+        #: No update may start, and no call is retried. Events of users whose update
+        #: was made are still sent.
+        self.no_new_users = threading.Event()
+        #: No call at all may start.
+        self.nothing_more = threading.Event()
+        self._lock = threading.Lock()
+        self._error: Exception | None = None
+        self._is_closed = False
+
+    def end(self, error: Exception, *, abandon_started: bool = False) -> None:
+        """End the run early because of an error. Only the first one counts."""
+        with self._lock:
+            if self._is_closed:
+                return
+            if self._error is None:
+                self._error = error
+                if abandon_started:
+                    self.nothing_more.set()
+            self.no_new_users.set()
+
+    def close(self) -> Exception | None:
+        """Return the error that ended the run early, if any. No later one counts."""
+        with self._lock:
+            self._is_closed = True
+            return self._error
+
+    def get_stop(self, endpoint: Endpoint) -> threading.Event:
+        """Return the event that forbids the first attempt of a call, when it is set."""
+        return self.no_new_users if endpoint.starts_user else self.nothing_more
 
 
-def base_url(text: str) -> str:
-    """The address of a project's region, without a trailing `/` or `/api`. Raises ValueError."""
-    text = text.lower().rstrip("/").removesuffix("/api").rstrip("/")
-    parts = re.fullmatch(r"(https?)://([a-z0-9._-]+|\[::1\])(:[0-9]{1,5})?", text)
-    if not parts or int((parts[3] or ":443")[1:]) > 65535:
-        raise ValueError("must be a host's address such as https://api.iterable.com, without path, query or user")
-    if parts[1] == "http" and not re.fullmatch(r"localhost|127(\.(25[0-5]|2[0-4]\d|1?\d?\d)){3}|\[::1\]", parts[2]):
-        raise ValueError("must begin with https://, or the API key would travel in the clear")
-    return text
+class KeyRefused(Exception):
+    """Iterable refused the API key. Nothing more is sent."""
 
 
-def api_key(text: str) -> str:
-    """The key, if it can be a header. Raises ValueError."""
-    if not re.fullmatch("[!-~]*", text):
-        raise ValueError("has a character that no key has: copy it again")
-    return text
+class IterableUnavailable(Exception):
+    """Iterable takes no call at present. Nothing more is sent."""
+
+
+# How often, and how fast
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often and how soon a call is tried again (contract 5). Times in seconds."""
+    """How often and how soon a call is tried again. Times are in seconds.
+
+    After n failed attempts the wait is
+    uniform(0, min(longest_wait, first_wait * 2**(n - 1)))
+    (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter).
+    """
 
     max_attempts: int = 5
     first_wait: float = 0.5
@@ -268,192 +608,1081 @@ class RetryPolicy:
     longest_retry_after: float = 120.0
     longest_throttling: float = 300.0
 
-    def wait(self, failed: int) -> float:
-        """The wait after so many tries failed: doubled each time, with full jitter."""
-        return random.uniform(0, min(self.longest_wait, self.first_wait * 2 ** min(failed - 1, 30)))  # noqa: S311
+    def compute_wait(self, failed_attempts: int, retry_after: float | None) -> float:
+        """Return the wait after so many failed attempts."""
+        if retry_after is not None:
+            return retry_after
+        doublings = min(failed_attempts - 1, 30)  # more would overflow a float
+        longest = min(self.longest_wait, self.first_wait * 2**doublings)
+        return random.uniform(0, longest)  # noqa: S311 - jitter is no secret
 
-    def retry_after(self, header: str | None) -> float | None:
-        """The seconds that a `Retry-After` asks for (a number or an HTTP date), at most `longest_retry_after`."""
-        with contextlib.suppress(failures.InvalidHeader, ValueError, OverflowError):
-            return min(urllib3.Retry().parse_retry_after(header or ""), self.longest_retry_after)
-        return None
+    def parse_retry_after(self, header: str | None) -> float | None:
+        """Return the seconds that a Retry-After header asks for, up to the longest.
+
+        It is a number of seconds or an HTTP date. None if it asks for no wait.
+        """
+        if header is None:
+            return None
+        try:
+            seconds = urllib3.Retry().parse_retry_after(header)
+        except (urllib3_errors.InvalidHeader, ValueError, OverflowError):
+            return None
+        return min(seconds, self.longest_retry_after) if seconds > 0 else None
 
 
 class RateLimiter:
-    """Spaces the starts of an endpoint's calls evenly over all threads: never more than `rate` in a second.
+    """Spaces the calls of an endpoint evenly over all threads.
 
-    After a 429 nothing starts for a while, and the rate falls to 70 %. It climbs back by 1 % of the full rate a
-    second, for the limit is shared with everything else that writes to the project.
+    No more than `rate` calls start in any second. After a 429 none starts for a while,
+    and the rate falls to 70 %. It climbs back by 1 % of the full rate a second, because
+    the limit is shared with everything else that writes to the project.
     """
 
-    MARGIN = 0.02  # seconds more for a second's worth of calls, for some take longer to arrive than others
-    SLOW_MARGIN = 0.05  # likewise, where that is 10 calls or fewer
-    SLACK = 0.005  # seconds that a late thread may make up for
-    PAUSE = 0.25  # seconds, where the answer does not ask for a longer one
-    LOOK = 0.1  # seconds after which a wait looks whether the run is stopping
+    # Seconds added to each second's worth of calls: some take longer than others to
+    # arrive, and Iterable counts arrivals.
+    MARGIN = 0.02
+    # The same for 10 calls a second or fewer, where one late call is a tenth of them.
+    SLOW_MARGIN = 0.05
+    # Seconds that a thread which woke up late may make up for.
+    SLACK = 0.005
+    # Seconds without a call after a 429 that does not ask for a longer pause.
+    PAUSE = 0.25
+    # Seconds after which a waiting thread looks whether the run is ending.
+    LONGEST_SLEEP = 0.1
 
-    def __init__(self, rate: float, stop: Event) -> None:
-        self._full = self._fallen_to = rate / (1 + (self.MARGIN if rate > 10 else self.SLOW_MARGIN))
-        self._stop = stop
-        self._turn = Lock()  # of the one thread that waits: were many to wake late, they would start together
-        self._lock = Lock()
-        self._next = self._open_at = self._fell_at = 0.0  # monotonic seconds
+    def __init__(self, rate: float, run_is_ending: threading.Event) -> None:
+        margin = self.MARGIN if rate > 10 else self.SLOW_MARGIN
+        self._full_rate = rate / (1 + margin)
+        self._fallen_to = self._full_rate
+        self._run_is_ending = run_is_ending
+        # Held by the one thread that waits for the next turn. If many waited for it,
+        # some would wake up late and start together.
+        self._turnstile = threading.Lock()
+        self._lock = threading.Lock()
+        self._next_turn = 0.0  # monotonic seconds, as the next two
+        self._paused_until = 0.0
+        self._fell_at = 0.0
 
-    def acquire(self, unless: Event) -> bool:
-        """Wait for a turn; False, at once, when `unless` is set. A stop cuts the pause after a 429 for everybody."""
-        with self._turn:
-            while not unless.is_set():
-                with self._lock:
-                    now = monotonic()
-                    wait = (self._next if self._stop.is_set() else max(self._next, self._open_at)) - now
-                    if wait <= 0:
-                        self._next = max(self._next, now - self.SLACK) + 1 / self._rate(now)
-                        return True
-                unless.wait(min(wait, self.LOOK))
+    def wait_for_turn(self, cancelled: threading.Event) -> bool:
+        """Wait until a call may start. Returns False soon after `cancelled` is set.
+
+        When the run is ending, the pause after a 429 is cut short.
+        """
+        with self._turnstile:
+            while not cancelled.is_set():
+                wait = self._take_turn()
+                if wait <= 0:
+                    return True
+                cancelled.wait(min(wait, self.LONGEST_SLEEP))
         return False
 
-    def _rate(self, now: float) -> float:
-        return min(self._full, self._fallen_to + 0.01 * self._full * (now - self._fell_at))
+    def slow_down(self, sent_at: float, retry_after: float | None) -> None:
+        """Pause after a 429 to a call that started at `sent_at` (monotonic seconds).
 
-    def throttled(self, sent_at: float, retry_after: float | None) -> None:
-        """A call that was sent at `sent_at` was answered 429. The rate falls only if that was after the last pause."""
+        Calls that were in flight when the pause began do not lower the rate again.
+        """
         with self._lock:
-            now, news = monotonic(), sent_at >= self._open_at
-            pause = self.PAUSE * news if retry_after is None else retry_after
-            if news and now - self._fell_at >= 1:
-                self._fallen_to, self._fell_at = 0.7 * self._rate(now), now
-            self._open_at = max(self._open_at, now + pause)
-            log.debug("429: a pause of %.1f s, then %.1f calls/s", pause, self._rate(now))
+            now = monotonic()
+            is_news = sent_at >= self._paused_until
+            pause = retry_after
+            if pause is None:
+                pause = self.PAUSE if is_news else 0.0
+            if is_news and now - self._fell_at >= 1:
+                self._fallen_to = 0.7 * self._compute_rate(now)
+                self._fell_at = now
+            self._paused_until = max(self._paused_until, now + pause)
+            rate = self._compute_rate(now)
+        log.debug("429: a pause of %.1f s, then %.1f calls a second", pause, rate)
+
+    def _take_turn(self) -> float:
+        """Take the turn and return 0, or return the seconds until it may be taken."""
+        with self._lock:
+            now = monotonic()
+            start = self._next_turn
+            if not self._run_is_ending.is_set():
+                start = max(start, self._paused_until)
+            if start > now:
+                return start - now
+            earliest = max(self._next_turn, now - self.SLACK)
+            self._next_turn = earliest + 1 / self._compute_rate(now)
+            return 0.0
+
+    def _compute_rate(self, now: float) -> float:
+        climbed = 0.01 * self._full_rate * (now - self._fell_at)
+        return min(self._full_rate, self._fallen_to + climbed)
+
+
+# The connections
+
+CONNECT_TIMEOUT = 10.0  # seconds, or the time-out of a call if that is less
+BLOCK_SIZE = 16_384  # bytes that are sent at once: what one TLS record holds
+LOOK_UP_SECONDS = 30.0  # for which a name's addresses are used again
+LOOK_UP_INTERVAL = 1.0  # seconds between two look-ups at least
+MAX_INTERIM_ANSWERS = 10  # 1xx answers in front of the true one
+MAX_LAPSED_CONNECTIONS = 5  # in a row, before a call is sent
+# Bytes of an answer that are read, besides twice those of the request: the answer to a
+# group may name each of its users twice. users/getFields names thousands of fields.
+MAX_ANSWER = 1_000_000
+
+
+class NoAnswer(Exception):
+    """A call got no answer. The text says why, in words that a person can act on."""
+
+    def __init__(self, reason: str, *, is_retryable: bool = True) -> None:
+        super().__init__(reason)
+        self.is_retryable = is_retryable
+
+
+class TurnCancelled(Exception):
+    """The run ended while a call waited for its turn. It was not sent."""
+
+
+class _ConnectionLapsed(Exception):
+    """The server closed a connection, or sent bytes, before a call was sent on it."""
+
+
+class NameCache:
+    """Looks up a host's addresses once for many connections. Safe in any thread.
+
+    A resolver loses answers when hundreds of threads ask it at once. A pool connects to
+    one host only: Iterable's, or the proxy's.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._addresses: list[str] = []
+        self._error: socket.gaierror | None = None
+        self._looked_up_at = -math.inf  # monotonic seconds, as the next
+        self._valid_until = -math.inf
+
+    def look_up(self, host: str, port: int) -> list[str]:
+        """Return the host's addresses, those that answered last in front.
+
+        Raises socket.gaierror. Threads that wait for a look-up share its outcome.
+        """
+        with self._lock:
+            if monotonic() >= self._valid_until:
+                self._ask_resolver(host, port)
+            if self._error is not None:
+                raise self._error
+            return list(self._addresses)
+
+    def put_last(self, address: str) -> None:
+        """Let other addresses be tried first next time."""
+        with self._lock:
+            if address in self._addresses:
+                self._addresses.remove(address)
+                self._addresses.append(address)
+
+    def forget(self) -> None:
+        """Look up again soon, because no address can be reached."""
+        with self._lock:
+            soon = self._looked_up_at + LOOK_UP_INTERVAL
+            self._valid_until = min(self._valid_until, soon)
+
+    def _ask_resolver(self, host: str, port: int) -> None:
+        family = urllib3.util.connection.allowed_gai_family()
+        self._error = None
+        valid_for = LOOK_UP_SECONDS
+        try:
+            found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+            self._addresses = [str(address[0]) for *_, address in found]
+        except (OSError, UnicodeError) as error:
+            valid_for = LOOK_UP_INTERVAL
+            if not self._addresses:  # old ones are better than none
+                self._error = socket.gaierror(str(error))
+        self._looked_up_at = monotonic()
+        self._valid_until = self._looked_up_at + valid_for
+
+
+class _FinalResponse(http.client.HTTPResponse):
+    """An answer without the informational ones (1xx) in front of it.
+
+    A firewall or CDN may send one. http.client takes a 103 for the answer, and then
+    each answer for that to the next request of the connection.
+    """
+
+    def begin(self) -> None:
+        super().begin()
+        interim = 0
+        while 100 <= self.status < 200 and self.status != 101:
+            interim += 1
+            if interim > MAX_INTERIM_ANSWERS:
+                raise http.client.HTTPException("too many 1xx answers")
+            self.headers = self.msg = None  # type: ignore[assignment]  # begin again
+            super().begin()
+
+
+class _Connection(HTTPConnection):
+    """A connection that is open before a call takes its turn.
+
+    Opening takes three round trips. If the turn were taken before, calls would arrive
+    bunched, and Iterable would answer some of them with 429.
+    """
+
+    response_class = _FinalResponse
+    _send_deadline: float | None = None
+
+    def __init__(self, *arguments: Any, transport: Transport, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._transport = transport
+
+    def connect(self) -> None:
+        try:
+            super().connect()
+        except (OSError, urllib3_errors.HTTPError, http.client.HTTPException) as error:
+            raise self._transport.explain_no_connection(error) from error
+
+    def request(self, *arguments: Any, **options: Any) -> None:
+        if self.is_closed:
+            self.connect()
+        self._transport.take_turn()
+        if self._has_lapsed():
+            raise _ConnectionLapsed
+        self._send_deadline = monotonic() + self._transport.timeout
+        try:
+            super().request(*arguments, **options)
+        finally:
+            self._send_deadline = None
+
+    def send(self, data: Any) -> None:
+        """Send bytes of a request, within `timeout` in all.
+
+        urllib3 would allow it what a connection may take to be opened, and over TLS as
+        much again for each record.
+        """
+        if self._send_deadline is None:  # to a proxy, before there is a request
+            super().send(data)
+            return
+        for start in range(0, len(data), BLOCK_SIZE):
+            self.sock.settimeout(max(self._send_deadline - monotonic(), 0.001))
+            try:
+                super().send(data[start : start + BLOCK_SIZE])
+            except TimeoutError:
+                raise NoAnswer(TOO_SLOW) from None
+
+    def _has_lapsed(self) -> bool:
+        """Whether the server closed the connection, or sent what no call asked for.
+
+        A TLS server sends tickets first, so it is not enough that there are bytes.
+        """
+        self.sock.settimeout(0)
+        try:
+            self.sock.recv(1)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return False
+        except OSError:
+            return True
+        return True
+
+    def _new_conn(self) -> socket.socket:
+        """Open a socket to one of the host's addresses; TLS still verifies its name.
+
+        urllib3 connects to `_dns_host` here, and derives from it what TLS verifies.
+        """
+        name = self._dns_host
+        names = self._transport.names
+        try:
+            addresses = names.look_up(name, self.port)
+        except socket.gaierror as error:
+            raise urllib3_errors.NameResolutionError(name, self, error) from error
+        failure: Exception | None = None
+        for address in addresses:
+            self._dns_host = address
+            try:
+                return super()._new_conn()
+            except urllib3_errors.HTTPError as error:
+                failure = error
+                names.put_last(address)
+            finally:
+                self._dns_host = name
+        names.forget()
+        raise failure or urllib3_errors.NewConnectionError(self, "no address")
+
+
+class _SecureConnection(_Connection, HTTPSConnection):
+    """The same over TLS."""
+
+
+class HttpAnswer(NamedTuple):
+    """An answer as it came. `sent_at` is when its call was sent, monotonic seconds."""
+
+    status: int
+    text: str
+    retry_after: str | None
+    sent_at: float
+
+
+class Transport:
+    """The connections to Iterable: one pool for all threads.
+
+    `timeout` is in seconds, for a request to be sent and again for its answer.
+    `size` is the number of threads, and so of connections. Proxy and CA file are those
+    of the environment, settled once (requests looks for them at every call).
+    Raises NetworkSettingsError.
+    """
+
+    def __init__(
+        self, base_url: str, headers: dict[str, str], *, timeout: float, size: int
+    ) -> None:
+        self.timeout = timeout
+        self.names = NameCache()
+        self._headers = headers
+        self._host = base_url.partition("://")[2]
+        # The turn of the thread's call, for `_Connection.request`, which urllib3 calls
+        # without any argument of ours.
+        self._call = threading.local()
+        self._pool = _open_pool(base_url, size)
+        is_secure = isinstance(self._pool, urllib3.HTTPSConnectionPool)
+        connection_class = _SecureConnection if is_secure else _Connection
+        make_connection: Any = functools.partial(connection_class, transport=self)
+        self._pool.ConnectionCls = make_connection
+
+    def take_turn(self) -> None:
+        """Wait for the turn of this thread's call, if it has none yet.
+
+        Raises TurnCancelled.
+        """
+        if self._call.sent_at is None:
+            if not self._call.wait_for_turn():
+                raise TurnCancelled
+            self._call.sent_at = monotonic()
+
+    def exchange(
+        self, endpoint: Endpoint, body: bytes, wait_for_turn: Callable[[], bool]
+    ) -> HttpAnswer:
+        """Send one request and return its answer. The one place where bytes leave.
+
+        `wait_for_turn` is called when the connection is open; the call is sent only if
+        it returns True. Raises NoAnswer, TurnCancelled.
+        """
+        self._call.wait_for_turn = wait_for_turn
+        self._call.sent_at = None
+        for _ in range(MAX_LAPSED_CONNECTIONS):
+            try:
+                response = self._open_response(endpoint, body)
+                text = self._read(response, MAX_ANSWER + 2 * len(body))
+            except _ConnectionLapsed:
+                continue  # on another connection, with the same turn
+            except urllib3_errors.TimeoutError as error:
+                raise NoAnswer(TOO_SLOW) from error
+            except (urllib3_errors.HTTPError, OSError) as error:
+                raise NoAnswer(BROKEN) from error
+            retry_after = response.headers.get("Retry-After")
+            sent_at = self._call.sent_at
+            return HttpAnswer(response.status, text, retry_after, sent_at)
+        raise NoAnswer(BROKEN)
+
+    def _open_response(
+        self, endpoint: Endpoint, body: bytes
+    ) -> urllib3.BaseHTTPResponse:
+        connect_timeout = min(self.timeout, CONNECT_TIMEOUT)
+        return self._pool.urlopen(
+            endpoint.method,
+            f"/api/{endpoint.path}",
+            body=body,
+            headers=self._headers,
+            redirect=False,
+            retries=False,
+            timeout=urllib3.Timeout(connect=connect_timeout, read=self.timeout),
+            preload_content=False,
+        )
+
+    def _read(self, response: urllib3.BaseHTTPResponse, max_bytes: int) -> str:
+        """Return the body, or its beginning. The status of a refusal is enough.
+
+        The socket's time-out begins anew with each byte, so a body that drips would
+        hold its thread for ever; hence a deadline for all of it.
+        """
+        content = b""
+        deadline = monotonic() + self.timeout
+        # Leaving the block closes the connection, unless the answer was read to its
+        # end: then the connection is in the pool by now.
+        with response:
+            try:
+                while len(content) < max_bytes:
+                    block = response.read1(65_536)
+                    if not block:
+                        break
+                    content += block
+                    if monotonic() > deadline:
+                        raise urllib3_errors.TimeoutError
+            except urllib3_errors.HTTPError:
+                if response.status < 300:
+                    raise
+        return content.decode("utf-8", "replace")
+
+    def explain_no_connection(self, error: Exception) -> NoAnswer:
+        """Return in words why no connection could be opened, and to what."""
+        proxy = self._pool.proxy
+        host = self._pool.host
+        place = self._host
+        advice = CHECK_URL
+        if proxy is not None:
+            host = str(proxy.host)
+            place = f"the proxy {proxy.host}:{proxy.port}"
+            advice = "check HTTPS_PROXY and ALL_PROXY"
+        refusal = re.search(r"Tunnel connection failed: ((\d+).*)", str(error))
+        if refusal:
+            reason = f"{place} refuses the connection ({refusal[1].strip()}): {advice}"
+            return NoAnswer(reason, is_retryable=refusal[2].startswith("5"))
+        if isinstance(error, ssl.SSLCertVerificationError):
+            reason = (
+                f"the certificate of {self._host} is not trusted"
+                f" ({error.verify_message}): {CHECK_URL};"
+                " REQUESTS_CA_BUNDLE is for a company's own CA"
+            )
+            return NoAnswer(reason, is_retryable=False)
+        if isinstance(error, urllib3_errors.NameResolutionError):
+            return NoAnswer(f"the host name {host} is unknown (DNS): {advice}")
+        detail = str(error)
+        if isinstance(error, urllib3_errors.NewConnectionError):
+            detail = getattr(error.__cause__, "strerror", None) or detail
+        elif isinstance(error, (TimeoutError, urllib3_errors.TimeoutError)):
+            detail = "no answer in time"
+        elif isinstance(error, ssl.SSLError):
+            detail = f"not encrypted: {error}"
+        return NoAnswer(f"no connection to {place} ({detail}): {advice}")
+
+
+class NetworkSettingsError(Exception):
+    """The proxy or the CA file of the environment cannot be used."""
+
+
+def _open_pool(base_url: str, size: int) -> urllib3.HTTPConnectionPool:
+    context = _make_tls_context()
+    proxy = select_proxy(base_url, get_environ_proxies(base_url))
+    if not proxy or base_url.startswith("http:"):
+        # Plain http is for this machine only, and would show the key to a proxy.
+        manager = urllib3.PoolManager(ssl_context=context, maxsize=size)
+        return manager.connection_from_url(base_url)
+    if "://" not in proxy:
+        proxy = f"http://{proxy}"
+    try:
+        url = urllib3.util.parse_url(proxy)
+        if url.path not in (None, "/") or url.query or url.fragment:
+            raise ValueError  # noqa: TRY301 - the same sentence as for other forms
+        headers = {}
+        if url.auth:
+            headers = urllib3.make_headers(proxy_basic_auth=unquote(url.auth))
+        manager = urllib3.ProxyManager(
+            proxy,
+            proxy_headers=headers,
+            maxsize=size,
+            ssl_context=context,
+            proxy_ssl_context=context,
+        )
+        return manager.connection_from_url(base_url)
+    except ValueError:
+        raise NetworkSettingsError(
+            "HTTPS_PROXY or ALL_PROXY cannot be used: it must be like"
+            " http://user:password@host:port, with / ? # @ in the password as"
+            " %2F %3F %23 %40"
+        ) from None
+
+
+def _make_tls_context() -> ssl.SSLContext:
+    path = os.getenv("REQUESTS_CA_BUNDLE") or os.getenv("CURL_CA_BUNDLE")
+    path = path or DEFAULT_CA_BUNDLE_PATH
+    try:
+        if os.path.isdir(path):
+            return ssl.create_default_context(capath=path)
+        return ssl.create_default_context(cafile=path)
+    except OSError as error:
+        raise NetworkSettingsError(
+            f"The CA file {path} (REQUESTS_CA_BUNDLE) cannot be read: {error}"
+        ) from error
+
+
+# The client
+
+
+def parse_base_url(text: str) -> str:
+    """Return the address of the API without a trailing `/` or `/api`.
+
+    Raises ValueError for what is no address, or would send the key in the clear.
+    """
+    url = text.lower().rstrip("/").removesuffix("/api").rstrip("/")
+    found = re.fullmatch(
+        r"(?P<scheme>https?)://(?P<host>[a-z0-9._-]+|\[::1\])(:(?P<port>[0-9]{1,5}))?",
+        url,
+    )
+    if not found or int(found["port"] or 443) > 65535:
+        raise ValueError(
+            "must be a host's address such as https://api.iterable.com,"
+            " without path, query or user"
+        )
+    if found["scheme"] == "http" and not _is_loopback(found["host"]):
+        raise ValueError(
+            "must begin with https://, or the API key would travel in the clear"
+        )
+    return url
+
+
+def _is_loopback(host: str) -> bool:
+    byte = r"(25[0-5]|2[0-4]\d|1?\d?\d)"
+    return bool(re.fullmatch(rf"localhost|127(\.{byte}){{3}}|\[::1\]", host))
+
+
+def parse_api_key(text: str) -> str:
+    """Return the key if it can be a header. Raises ValueError."""
+    if not re.fullmatch("[!-~]*", text):
+        raise ValueError("has a character that no key has: copy it again")
+    return text
+
+
+@dataclass(slots=True)
+class Call:
+    """A call that a user needs, and how it ended. `payload` is JSON.
+
+    `endpoint` is the single one, also if the call is made with a group. While `result`
+    is None the call is open, unless it is cancelled: the run ended before it was sent.
+    """
+
+    endpoint: Endpoint
+    identity: Identity
+    payload: str
+    result: CallResult | None = None
+    is_cancelled: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the call is still to be made."""
+        return self.result is None and not self.is_cancelled
+
+
+@dataclass(slots=True)
+class UserCalls:
+    """The calls that one user needs, in their order.
+
+    `number` is the caller's, to know the user again. `event` is None for a user who
+    gets none.
+    """
+
+    number: int
+    update: Call
+    event: Call | None
+
+    @property
+    def calls(self) -> list[Call]:
+        """Both calls, or the one that is needed."""
+        return [self.update] if self.event is None else [self.update, self.event]
+
+    @property
+    def made(self) -> list[CallResult]:
+        """The results that there are."""
+        results = [call.result for call in self.calls]
+        return [result for result in results if result is not None]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no call is still to be made."""
+        return not any(call.is_open for call in self.calls)
+
+    @property
+    def size(self) -> int:
+        """Bytes in the bodies of a group."""
+        return sum(len(call.payload) for call in self.calls)
+
+    def cancel(self) -> None:
+        """Cancel the calls that are still to be made."""
+        for call in self.calls:
+            if call.is_open:
+                call.is_cancelled = True
+
+
+Interpreter = Callable[[int, str], CallResult]  # of the status and text of an answer
+Announce = Callable[[Sequence[UserCalls]], None]
+
+
+class _Request(NamedTuple):
+    """What is sent for a call, and how its answer is read."""
+
+    endpoint: Endpoint
+    body: bytes
+    interpreter: Interpreter
+    identity: Identity | None = None  # of a call about one user
+
+
+class _Attempt(NamedTuple):
+    """One attempt of a call. Times are in seconds, `sent_at` is monotonic."""
+
+    result: CallResult
+    sent_at: float
+    retry_after: float | None
+
+
+_GET_FIELDS = _Request(USERS_GET_FIELDS, b"", interpret_fields)
+
+
+def _make_request(call: Call) -> _Request:
+    interpreter = functools.partial(interpret, call.endpoint)
+    body = call.payload.encode()
+    return _Request(call.endpoint, body, interpreter, call.identity)
 
 
 class IterableClient:
     """The calls of one Iterable project, for many threads at once.
 
-    `rate` is that of users/update in calls a second; the other endpoints get the same share of their own limits.
-    `timeout` is in seconds, for an answer to begin and again for its body. `workers` is the number of threads, and so
-    of connections. `stop` cuts every wait: a call that has not begun is not made, and none is tried again. Raises
-    OSError when the CA file or the proxy of the environment is of no use.
+    `rate` is the number of users/update calls a second; each other endpoint gets the
+    same share of its own limit. `timeout` is in seconds. `redact` takes the secrets out
+    of a text. `control` cuts every wait when the run is ending. Raises
+    NetworkSettingsError.
+    """
+
+    # Attempts of `is_available`, after 20 users have failed with all of theirs.
+    PROBE_ATTEMPTS = 2
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str,
+        *,
+        rate: float,
+        timeout: float,
+        workers: int,
+        retry: RetryPolicy,
+        control: RunControl,
+        redact: Callable[[str], str],
+    ) -> None:
+        self.workers = workers
+        self.control = control
+        self._retry = retry
+        self._redact = redact
+        self._share = rate / USERS_UPDATE.limit
+        self._limiters = {
+            endpoint: RateLimiter(endpoint.limit * self._share, control.no_new_users)
+            for endpoint in ENDPOINTS
+        }
+        headers = {
+            "Api-Key": api_key,
+            "Content-Type": "application/json",
+            "User-Agent": "iterable-integration/3",
+        }
+        # One more than the workers, for `is_available`.
+        self._transport = Transport(
+            base_url, headers, timeout=timeout, size=workers + 1
+        )
+        #: Of all calls.
+        self.attempts_made = 0
+        self.retries_made = 0
+        self._lock = threading.Lock()
+        self._has_warned_of_dropped_fields = False
+
+    def estimate_seconds(self, users: int, *, bulk: bool) -> float:
+        """Return how long the updates of a run take at the rate limit, in seconds."""
+        if not bulk:
+            return users / (self._share * USERS_UPDATE.limit)
+        groups = math.ceil(users / MAX_GROUP_USERS)
+        return groups / (self._share * USERS_BULK_UPDATE.limit)
+
+    def count_calls(self, updates: int, events: int, *, bulk: bool) -> int:
+        """Return how many calls a run makes in which none is made again."""
+        if not bulk:
+            return updates + events
+        groups = math.ceil(updates / MAX_GROUP_USERS)
+        return groups + math.ceil(events / MAX_GROUP_USERS)
+
+    def sender(self, announce: Announce, *, bulk: bool) -> Sender:
+        """Return a sender for the users of a run, singly or in groups.
+
+        `announce` is called with users in the moment before they are sent.
+        """
+        return Sender(self, announce, bulk=bulk)
+
+    def check_key(self) -> CallResult:
+        """Make a users/update call without a user. A 400 means the key is accepted."""
+        interpreter = functools.partial(interpret, USERS_UPDATE)
+        request = _Request(USERS_UPDATE, b"{}", interpreter)
+        return self._call(request) or _make_failure(USERS_UPDATE, "stopped")
+
+    def get_fields(self) -> CallResult:
+        """Ask users/getFields, which changes nothing; a FieldsResult if it answers."""
+        return self._call(_GET_FIELDS) or _make_failure(USERS_GET_FIELDS, "stopped")
+
+    def is_available(self, good_call: Call | None) -> bool:
+        """Whether Iterable takes a call that is known to be good.
+
+        That is an update which it accepted in this run, or else users/getFields. True
+        as well if the run ended meanwhile: then it is not for this reason.
+        """
+        request = _GET_FIELDS if good_call is None else _make_request(good_call)
+        result = self._call(request, max_attempts=self.PROBE_ATTEMPTS)
+        is_ending = self.control.no_new_users.is_set()
+        return is_ending or result is None or result.is_usable
+
+    def post_one(self, call: Call) -> CallResult | None:
+        """Make a call about one user. None if the run ended before it was sent."""
+        result = self._call(_make_request(call))
+        self._note_refused_key(result)
+        return result
+
+    def post_group(self, calls: Sequence[Call]) -> CallResult | None:
+        """Make one bulk call in place of these single calls of one endpoint.
+
+        A GroupResult if it was answered. None if the run ended before it was sent.
+        """
+        endpoint = BULK_ENDPOINTS[calls[0].endpoint]
+        items = ",".join(call.payload for call in calls)
+        body = f'{{"{endpoint.items_key}":[{items}]}}'.encode()
+        identities = [call.identity for call in calls]
+
+        def interpret_answer(status: int, text: str) -> CallResult:
+            return interpret_group(endpoint, status, text, identities)
+
+        result = self._call(_Request(endpoint, body, interpret_answer))
+        self._note_refused_key(result)
+        self._warn_of_dropped_fields(result)
+        return result
+
+    def _call(
+        self, request: _Request, max_attempts: int | None = None
+    ) -> CallResult | None:
+        """Make a call, and make it again as the retry policy says.
+
+        None if the run ended before it was sent. A 429 is no failed attempt, unless a
+        call meets nothing else for `longest_throttling`.
+        """
+        no_new_users = self.control.no_new_users
+        cancelled = self.control.get_stop(request.endpoint)
+        max_attempts = max_attempts or self._retry.max_attempts
+        limiter = self._limiters[request.endpoint]
+        result = None
+        failures = 0
+        throttled_since = None
+        for number in itertools.count(1):
+            attempt = self._attempt(request, number, cancelled)
+            if attempt is None:
+                return result
+            cancelled = no_new_users  # no retry is worth delaying the end
+            result = attempt.result
+            if result.status == 429:
+                limiter.slow_down(attempt.sent_at, attempt.retry_after)
+                throttled_since = throttled_since or attempt.sent_at
+                if monotonic() - throttled_since >= self._retry.longest_throttling:
+                    return result
+                continue
+            throttled_since = None
+            failures += 1
+            if not result.is_retryable or failures >= max_attempts:
+                return result
+            wait = self._retry.compute_wait(failures, attempt.retry_after)
+            log.debug("%s: next attempt in %.1f s", result.headline, wait)
+            if no_new_users.wait(wait):
+                return result
+        return result
+
+    def _attempt(
+        self, request: _Request, number: int, cancelled: threading.Event
+    ) -> _Attempt | None:
+        """Make attempt `number` of a call. None if it was cancelled before."""
+        if cancelled.is_set():
+            return None
+        limiter = self._limiters[request.endpoint]
+        wait_for_turn = functools.partial(limiter.wait_for_turn, cancelled)
+        retry_after = None
+        sent_at = 0.0
+        try:
+            answer = self._transport.exchange(
+                request.endpoint, request.body, wait_for_turn
+            )
+            result = request.interpreter(answer.status, answer.text)
+            retry_after = self._retry.parse_retry_after(answer.retry_after)
+            sent_at = answer.sent_at
+        except TurnCancelled:
+            return None
+        except NoAnswer as error:
+            result = _make_failure(request.endpoint, str(error))
+            result = replace(result, is_retryable=error.is_retryable)
+        except Exception as error:  # costs this call, and not the run
+            log.exception("Unexpected error", extra=FILE_ONLY)
+            reason = f"an unexpected error ({type(error).__name__}): see the log file"
+            result = _make_failure(request.endpoint, reason)
+            result = replace(result, is_unexpected=True)
+        self._count_attempt(number)
+        result = replace(result, attempts=number)
+        result = self._redact_result(result, request.identity)
+        return _Attempt(result, sent_at, retry_after)
+
+    def _count_attempt(self, number: int) -> None:
+        with self._lock:
+            self.attempts_made += 1
+            if number > 1:
+                self.retries_made += 1
+
+    def _note_refused_key(self, result: CallResult | None) -> None:
+        if result is not None and result.is_refused_key:
+            self.control.nothing_more.set()
+            self.control.end(KeyRefused(result.reason))
+
+    def _warn_of_dropped_fields(self, result: CallResult | None) -> None:
+        if not isinstance(result, GroupResult) or not result.dropped_fields:
+            return
+        with self._lock:
+            is_first = not self._has_warned_of_dropped_fields
+            self._has_warned_of_dropped_fields = True
+        if is_first:
+            names = ", ".join(sorted(result.dropped_fields))
+            log.warning(
+                "⚠ Iterable drops fields that the project does not take: %s."
+                " Create them in Iterable, or allow new fields in its settings",
+                self._redact(names)[:MAX_KEPT_TEXT],
+            )
+
+    def _redact_result(
+        self, result: CallResult, identity: Identity | None
+    ) -> CallResult:
+        """Return the result without secrets, and its reason without the user."""
+        reason = result.reason
+        if identity is not None and result.status is not None and result.message:
+            name = rf"(?<![\w.@-]){re.escape(identity.value)}(?!\.?[\w@-])"
+            placeholder = f"<{identity.identify_by.value}>"
+            message = re.sub(name, placeholder, result.message)
+            reason = reason.replace(result.message, message)
+        code = self._shorten(result.code or "")
+        return replace(
+            result,
+            code=code or None,
+            message=self._shorten(result.message),
+            reason=self._shorten(reason),
+            body=self._shorten(result.body),
+        )
+
+    def _shorten(self, text: str) -> str:
+        return self._redact(text)[:MAX_KEPT_TEXT]
+
+
+def _make_failure(endpoint: Endpoint, reason: str) -> CallResult:
+    """Return the result of a call that got no answer."""
+    return CallResult(endpoint.path, ok=False, message=reason, reason=reason)
+
+
+# Sending many users
+
+# Users in a row without a usable answer, after which Iterable may be down.
+UNUSABLE_IN_A_ROW = 20
+# Bytes of addresses that must be free when a thread may have to be started: it hangs or
+# crashes where there are none for its stack and its memory arena.
+THREAD_ROOM = 200_000_000
+
+
+class NoRoomForThread(Exception):
+    """The machine has no memory, or no thread, for another worker."""
+
+
+class Sender(AbstractContextManager["Sender"]):
+    """Sends users in threads, and hands each back when its calls are finished.
+
+    With `bulk` they go in groups, and the users whom the answer to their group does not
+    confirm get the single calls. So each user ends with the same results either way.
+    The caller does not see which endpoint was used.
+
+    A `with` block, which waits at its end for the calls in flight. Its methods belong
+    to one thread, the caller's; the workers only make calls.
     """
 
     def __init__(
-        self, base_url: str, api_key: str, rate: float, timeout: float, workers: int, retry: RetryPolicy, stop: Event
+        self, client: IterableClient, announce: Announce, *, bulk: bool
     ) -> None:
-        self._share, self._timeout, self._retry = rate / LIMITS[USERS_UPDATE], timeout, retry
-        self._stop = stop
-        self.halted = Event()  # once it is set, nothing more is sent; the calls on the wire end by themselves
-        self._limiters = {each: RateLimiter(limit * self._share, stop) for each, limit in LIMITS.items()}
-        self._headers = {"Api-Key": api_key, "Content-Type": "application/json", "User-Agent": "iterable-integration/2"}
-        self.redact: Callable[[str], str] = lambda text: text.replace(api_key or "\0", "[secret]")
-        self._pool = connection_pool(base_url, workers)
-        self.attempts: list[int] = []  # one for each request: which of its call's it was
-        self.refused = ""  # why, once an answer refused the API key
+        self._client = client
+        self._announce = announce
+        self._control = client.control
+        self._max_group = MAX_GROUP_USERS if bulk else 1
+        # Twice the workers, so that none waits for the caller.
+        self._max_in_flight = MAX_BULK_IN_FLIGHT if bulk else 2 * client.workers
+        self._group: list[UserCalls] = []
+        self._group_bytes = 0
+        self._in_flight = 0  # users handed to a worker
+        self._done: queue.SimpleQueue[Future[list[UserCalls]]] = queue.SimpleQueue()
+        self._workers = ThreadPoolExecutor(client.workers)
+        self._outages = _OutageWatch(client)
 
-    def cost(self, users: int, *, bulk: bool) -> tuple[int, float]:
-        """How many calls so many users take, and how many seconds at the rate limit."""
-        groups = math.ceil(users / MOST_ITEMS) if bulk else users
-        return 2 * groups, groups / (self._share * LIMITS[USERS_BULK_UPDATE if bulk else USERS_UPDATE])
+    def __exit__(self, *_: object) -> None:
+        """Wait for the calls in flight."""
+        self._workers.shutdown()
+        self._outages.shutdown()
 
-    def post(self, endpoint: str, bodies: Mapping[str, str]) -> dict[str, CallResult]:
-        """POST the JSON of one address to `endpoint` (users/update or events/track), of more to its bulk endpoint.
+    @property
+    def is_full(self) -> bool:
+        """Whether no further user should be submitted now."""
+        return self._in_flight >= self._max_in_flight or self._outages.is_asking
 
-        Returns the verdicts by address. Who has none is left out: a stop came first, or the answer to the group does
-        not confirm this user. Events are sent once even after a stop, so that a started user is whole.
+    @property
+    def is_idle(self) -> bool:
+        """Whether no user is in flight, apart from those that `flush` would send."""
+        return self._in_flight == 0 and not self._outages.is_asking
+
+    def submit(self, user: UserCalls) -> None:
+        """Add a user, and hand the group to a worker when it is full.
+
+        Raises NoRoomForThread.
         """
-        unless = self.halted if endpoint == EVENTS_TRACK else self._stop
-        result = self._call(endpoint if len(bodies) == 1 else BULK[endpoint], bodies, unless) if bodies else None
-        if result is None:
-            return {}
-        if result.ok or len(bodies) == 1 or unless.is_set():  # then none is sent singly any more
-            return dict.fromkeys(bodies.keys() - result.unconfirmed, result)
-        log.info("%s: %s; its users are sent singly", result.headline, result.reason, extra={"file_only": True})
-        return {}
+        if self._group_bytes + user.size > MAX_GROUP_BYTES:
+            self.flush()
+        self._group.append(user)
+        self._group_bytes += user.size
+        if len(self._group) >= self._max_group:
+            self.flush()
 
-    def _call(self, endpoint: str, bodies: Mapping[str, str], unless: Event) -> CallResult | None:
-        """One call, tried again as often as contract 5 says. `unless` forbids the first try, a stop any other."""
-        body = (BULK_BODY.get(endpoint, "%s") % ",".join(bodies.values())).encode()
-        limiter, result = self._limiters[endpoint], None
-        tries, throttled_since = 0, 0.0  # a 429 is an attempt, and no try
-        for attempt in itertools.count(1):
-            if not limiter.acquire(unless if attempt == 1 else self._stop):
-                break
-            self.attempts.append(attempt)
-            sent_at = monotonic()
-            answer, retry_after = self._exchange(endpoint, body, list(bodies))
-            result = replace(answer, attempts=attempt)
-            if result.status in (401, 403):
-                self.refused = result.reason
-                self.halted.set()
-                self._stop.set()
-            if result.retryable and result.status == 429:
-                limiter.throttled(sent_at, retry_after)
-                throttled_since = throttled_since or sent_at
-                if monotonic() - throttled_since >= self._retry.longest_throttling:
-                    break
-                continue
-            tries, throttled_since = tries + 1, 0.0
-            if not result.retryable or tries >= self._retry.max_attempts:
-                break
-            wait = self._retry.wait(tries) if retry_after is None else retry_after
-            log.debug("%s: %s; next try in %.1f s", endpoint, result.reason, wait)
-            if self._stop.wait(wait):
-                break
-        return result
+    def flush(self) -> None:
+        """Hand the open group to a worker, full or not. Raises NoRoomForThread."""
+        group = self._group
+        self._group = []
+        self._group_bytes = 0
+        if group:
+            self._announce(group)
+            self._in_flight += len(group)
+            self._start(group)
 
-    def _exchange(self, endpoint: str, body: bytes, emails: list[str]) -> tuple[CallResult, float | None]:
-        """One request and its answer, with the seconds of its Retry-After. The one place where bytes leave."""
-        log.debug("%s: %s", endpoint, body if len(emails) == 1 else f"{len(emails)} in {len(body)} bytes")
-        timeout = urllib3.Timeout(connect=min(self._timeout, 10.0), read=self._timeout)
-        options: dict[str, Any] = {"redirect": False, "retries": False, "timeout": timeout, "preload_content": False}
+    def collect(self, seconds: float = 0.0) -> list[UserCalls]:
+        """Return the users who are finished by now.
+
+        Waits up to `seconds` for the first. Raises NoRoomForThread, and what a worker
+        raised that nobody foresaw.
+        """
+        finished: list[UserCalls] = []
+        wait = seconds
+        while True:
+            try:
+                future = self._done.get(block=wait > 0, timeout=wait)
+            except queue.Empty:
+                break
+            wait = 0.0
+            finished += self._take_back(future.result())
+        self._outages.look()
+        return finished
+
+    def _start(self, group: list[UserCalls]) -> None:
         try:
-            response = self._pool.urlopen("POST", f"/api/{endpoint}", body=body, headers=self._headers, **options)
-            answer = endpoint, response.status, read(response, self._timeout, most=65_536 + 2000 * len(emails))
-            result = interpret_bulk(*answer, emails) if endpoint in BULK_BODY else interpret(*answer)
-            retry_after = self._retry.retry_after(response.headers.get("Retry-After"))
-        except Exception as error:  # noqa: BLE001 - what nobody thought of costs this call, and not the run
-            result, retry_after = interpret_error(endpoint, error), None
-        reason = result.reason.replace(emails[0] or "\0", "<email>")  # so that equal reasons can be counted
-        texts = (result.code or "", result.message, reason, result.body)
-        code, message, reason, shown = (self.redact(text)[:LONGEST_TEXT] for text in texts)
-        return replace(result, code=code or None, message=message, reason=reason, body=shown), retry_after
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            mmap.mmap(-1, THREAD_ROOM, flags, mmap.PROT_READ).close()
+            future = self._workers.submit(self._send, group)
+        except (OSError, RuntimeError, MemoryError) as error:
+            raise NoRoomForThread(
+                f"no memory or thread for another worker ({error}): lower MAX_WORKERS,"
+                " or raise ulimit -v or -u"
+            ) from error
+        future.add_done_callback(self._done.put)
+
+    def _take_back(self, group: list[UserCalls]) -> list[UserCalls]:
+        """Return the finished users of a group, and send each other one singly."""
+        finished = []
+        for user in group:
+            # A user whose update was made still gets the event, if it may be sent.
+            open_calls = [call for call in user.calls if call.is_open]
+            if any(self._forbids(call) for call in open_calls):
+                user.cancel()
+            if user.is_finished:
+                self._in_flight -= 1
+                self._outages.note(user)
+                finished.append(user)
+            else:
+                self._start([user])
+        return finished
+
+    def _forbids(self, call: Call) -> bool:
+        """Whether the call may not start any more."""
+        return self._control.get_stop(call.endpoint).is_set()
+
+    def _send(self, group: list[UserCalls]) -> list[UserCalls]:
+        """Make the calls of a group that are still open. Runs in a worker."""
+        self._make_calls([user.update for user in group if user.update.is_open])
+        events = []
+        for user in group:
+            result = user.update.result
+            if user.update.is_cancelled:
+                user.cancel()
+            elif result is None or user.event is None:
+                continue  # the update is still open, or no event is needed
+            elif result.is_forgotten:
+                user.event = None  # Iterable would refuse it, too
+            elif user.event.is_open:
+                events.append(user.event)
+        self._make_calls(events)
+        return group
+
+    def _make_calls(self, calls: Sequence[Call]) -> None:
+        """Make calls of one endpoint, together if there are several.
+
+        A call that a group's answer does not confirm stays open.
+        """
+        if not calls:
+            return
+        if len(calls) == 1:
+            result = self._client.post_one(calls[0])
+        else:
+            result = self._client.post_group(calls)
+        if result is None:
+            for call in calls:
+                call.is_cancelled = True
+        elif isinstance(result, GroupResult) and result.ok:
+            for call in calls:
+                if call.identity.value in result.confirmed:
+                    call.result = result
+        elif len(calls) == 1 or self._forbids(calls[0]):
+            # No single call can follow, so this is how they ended.
+            for call in calls:
+                call.result = result
+        else:
+            log.info(
+                "%s: %s; its %d users are sent singly",
+                result.headline,
+                result.reason,
+                len(calls),
+                extra=FILE_ONLY,
+            )
 
 
-def read(response: urllib3.BaseHTTPResponse, timeout: float, most: int) -> str:
-    """The body, or its beginning. That of a refusal may break off: the status says enough. Raises what urllib3 does.
+class _OutageWatch:
+    """Tells an outage from single users whom Iterable answers with errors for ever.
 
-    The socket's own time-out starts again with each byte, so an answer that drips would hold a worker for ever.
+    When many users in a row got no usable answer, it asks whether Iterable takes a call
+    that is known to be good. If not, the run is given up.
     """
-    content, deadline = b"", monotonic() + timeout
-    forgiven = [failures.HTTPError] if response.status >= 300 else []
-    # The response closes its connection, unless the answer was read to its end: then it is in the pool by now.
-    with response, contextlib.suppress(*forgiven):
-        while len(content) < most and (more := response.read1(65_536)):
-            content += more
-            if monotonic() > deadline:
-                raise failures.TimeoutError
-    return content.decode("utf-8", "replace")
 
+    def __init__(self, client: IterableClient) -> None:
+        self._client = client
+        self._unusable_in_a_row = 0
+        self._good_call: Call | None = None
+        self._question: Future[bool] | None = None
+        # A thread of its own, because the workers are busy with calls that fail.
+        self._asker = ThreadPoolExecutor(1)
 
-def connection_pool(base_url: str, workers: int) -> urllib3.HTTPConnectionPool:
-    """Connections to Iterable, by the proxy and with the CA file of the environment, as requests would find them.
+    @property
+    def is_asking(self) -> bool:
+        """Whether the answer is still to come."""
+        return self._question is not None
 
-    It would look for them at every call. To ask urllib3 directly takes a third of its CPU time.
-    """
-    authorities = os.getenv("REQUESTS_CA_BUNDLE") or os.getenv("CURL_CA_BUNDLE") or DEFAULT_CA_BUNDLE_PATH
-    place: dict[str, Any] = {"capath" if os.path.isdir(authorities) else "cafile": authorities}
-    try:
-        context = ssl.create_default_context(**place)
-    except OSError as error:
-        raise OSError(f"The CA file {authorities} (REQUESTS_CA_BUNDLE) cannot be read: {error}") from error
-    proxy = select_proxy(base_url, get_environ_proxies(base_url))
-    if not proxy or base_url.startswith("http:"):  # plain http is for this machine, and would show a proxy the key
-        return urllib3.PoolManager(ssl_context=context, maxsize=workers).connection_from_url(base_url)
-    try:
-        if not re.fullmatch(r"(https?://)?([^@/?#]*@)?[^@/?#]+/?", proxy):
-            raise ValueError
-        url = proxy if "://" in proxy else f"http://{proxy}"
-        adapter = HTTPAdapter(pool_maxsize=workers)
-        manager: urllib3.PoolManager = adapter.proxy_manager_for(url, ssl_context=context, proxy_ssl_context=context)
-        return manager.connection_from_url(base_url)
-    except ValueError:
-        form = "http://user:password@host:port, with / ? # @ in the password as %2F %3F %23 %40"
-        raise OSError(f"HTTPS_PROXY or ALL_PROXY is of no use: it must be like {form}") from None
+    def note(self, user: UserCalls) -> None:
+        """Count a finished user, in the order in which they are collected."""
+        results = user.made
+        if not results or self._client.control.no_new_users.is_set():
+            return
+        if user.update.result is not None and user.update.result.ok:
+            self._good_call = user.update
+        if any(result.is_usable for result in results):
+            self._unusable_in_a_row = 0
+            return
+        self._unusable_in_a_row += 1
+        if self._unusable_in_a_row >= UNUSABLE_IN_A_ROW and not self.is_asking:
+            self._question = self._asker.submit(
+                self._client.is_available, self._good_call
+            )
+
+    def look(self) -> None:
+        """End the run if the answer has come and is no."""
+        if self._question is None or not self._question.done():
+            return
+        is_available = self._question.result()
+        self._question = None
+        self._unusable_in_a_row = 0
+        if not is_available:
+            reason = (
+                f"{UNUSABLE_IN_A_ROW} users in a row got no usable answer, and Iterable"
+                " takes no call that is known to be good either"
+            )
+            self._client.control.end(IterableUnavailable(reason), abandon_started=True)
+
+    def shutdown(self) -> None:
+        """Wait for the thread."""
+        self._asker.shutdown()

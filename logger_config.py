@@ -1,251 +1,849 @@
-"""All that a run leaves behind: console and log file without secrets; the results folder, its lock and its memory."""
+"""What a run leaves behind: console, log file, and the folder of the results files.
+
+Every thread may log. Only the main thread uses the results folder and its memory.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
-import functools
 import json
 import logging
 import logging.handlers
 import os
 import re
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
+from enum import Enum
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO, TypedDict
 from urllib.parse import quote, quote_plus
 
-FILE_ONLY = {"file_only": True}  # the `extra` of a log record that is not for the console
+# Each of these is the `extra` of a log call.
+FILE_ONLY = {"destination": "file"}
+CONSOLE_ONLY = {"destination": "console"}  # for blank lines
+PROGRESS = {"is_progress": True}  # on a terminal, the next line replaces this one
+
+SHORTEST_SECRET = 4  # characters
+LOG_SIZE = 10_000_000  # bytes, at which the log is rotated
+OLD_LOGS = 5  # files kept
+SYNC_INTERVAL = 1.0  # seconds; what a power failure may cost of a results file
+
+# Their warnings are logged by our modules, with an advice.
+MUTED_PACKAGES = ("urllib3", "mysql.connector")
+
+# Under systemd these are sockets, which cannot be opened by name.
+STANDARD_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
+
+ERASE_LINE = "\x1b[K"  # what a terminal shows from the cursor to the end of the line
+
+LOCK_NAME = ".integration_results.lock"
+NAME_FORMAT = "integration_results_%Y%m%d_%H%M%S.json"
+RESULTS_NAME = re.compile(r"integration_results_.*\.json(\.partial)?")
+
+DISK_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EFBIG,  # the limit of `ulimit -f`
+}
+
+# What reading a damaged or foreign line can raise.
+MALFORMED = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+
+Redactor = Callable[[str], str]
 
 log = logging.getLogger(__name__)
+
+
+class LogNotWritable(Exception):
+    """LOG_FILE cannot be opened."""
+
+
+class FolderNotUsable(Exception):
+    """RESULTS_DIR is no folder that this account can write to and lock."""
+
+
+class FolderInUse(Exception):
+    """Another run holds the lock of RESULTS_DIR."""
+
+
+class ResultsNotWritable(Exception):
+    """The disk does not take the results: it is full or broken."""
+
+
+class EarlierResultsUnreadable(Exception):
+    """A results file is there and cannot be read, so the memory would have a gap."""
+
+
+# Redaction
+
+
+def build_redactor(*secrets: str) -> Redactor:
+    """Return a function that replaces the secrets in a text by `[secret]`.
+
+    It finds them as they are, JSON-escaped and URL-encoded. A secret of fewer than 4
+    characters is not looked for, because ordinary words may contain it.
+    """
+    patterns = []
+    # The longest first, because one secret may be the beginning of another.
+    for secret in sorted(secrets, key=len, reverse=True):
+        if len(secret) >= SHORTEST_SECRET:
+            characters = [_match_character(character) for character in secret]
+            patterns.append("".join(characters))
+    if not patterns:
+        return str
+    return partial(re.compile("|".join(patterns)).sub, "[secret]")
+
+
+def _match_character(character: str) -> str:
+    """Return a pattern for the ways in which a character of a secret is written."""
+    encoded = quote(character, safe="")
+    if encoded.isalnum():
+        return character
+    forms = [
+        encoded,
+        encoded.lower(),
+        quote_plus(character),
+        json.dumps(character)[1:-1],
+        "\\" + character,  # some JSON has this for a slash
+        character,  # last, because other forms may begin with it
+    ]
+    alternatives = "|".join(map(re.escape, forms))
+    return f"(?:{alternatives})"
 
 
 # Console and log file
 
 
-def redactor(*secrets: str) -> Callable[[str], str]:
-    """A function that replaces the secrets in a text, as they are, JSON-escaped or URL-encoded.
-
-    Secrets of fewer than 4 characters are left: they stand inside ordinary words, and the gaps would spell them out.
-    """
-    forms: set[str] = set()
-    for secret in (each for each in secrets if len(each) >= 4):
-        in_json = [json.dumps(secret, ensure_ascii=only_ascii)[1:-1] for only_ascii in (True, False)]
-        in_json += [text.replace("/", "\\/") for text in in_json]
-        unquoted = ("/", "", "!'()*")  # as Python, most others, and JavaScript leave them
-        in_url = [quote_plus(secret), *(quote(secret, safe=left) for left in unquoted)]
-        in_url += [re.sub("%..", lambda code: code[0].lower(), text) for text in in_url]
-        forms |= {secret, *in_json, *in_url}
-    longest_first = sorted(forms, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # which is found nowhere
-    return functools.partial(pattern.sub, "[secret]")
-
-
 def setup_logger(
-    level: str = "INFO", log_file: Path | None = None, *, quiet: bool = False, redact: Callable[[str], str] = str
+    level: str = "INFO",
+    log_file: Path | None = None,
+    *,
+    quiet: bool = False,
+    redact: Redactor = str,
 ) -> None:
-    """Configure logging for the whole process, at the root (contract 2 and 6). Modules use `getLogger(__name__)`.
+    """Configure console and log file for all loggers of the process.
 
-    `level` is that of the log file; the console (standard output) shows INFO and above, with `quiet` WARNING and
-    above. An exception that nobody caught is logged, too. Raises OSError when the log file cannot be opened; then,
-    and without `log_file`, there is only the console.
+    The console is standard output and shows INFO and above, with `quiet` WARNING and
+    above. `level` is that of the log file. Exceptions that nobody catches are logged.
+    A second call replaces what the first one configured.
+
+    A log call may pass FILE_ONLY, CONSOLE_ONLY or PROGRESS as its `extra`.
+
+    Raises:
+        LogNotWritable: the console is configured all the same.
     """
-    console = _Console(sys.stdout)
+    stream = sys.stdout
+    if stream is None:  # closed before the start
+        stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - stays open
+    console = _Console(stream)
     console.setLevel(logging.WARNING if quiet else logging.INFO)
-    console.addFilter(lambda record: not getattr(record, "file_only", False))
-    has_marks = "utf" in str(getattr(console.stream, "encoding", "")).lower()
-    shown = redact if has_marks else lambda text: re.sub("[✓✗⚠] ", "", redact(text))
-    console.setFormatter(_Formatter("%(message)s", shown))
-    with contextlib.suppress(AttributeError):  # not a real console, or none
-        console.stream.reconfigure(errors="backslashreplace")
-    logging.basicConfig(level=logging.INFO, handlers=[console], force=True)
-    for package in ("urllib3", "mysql.connector"):  # what they tell is said again, in better words, by our modules
+    console.addFilter(partial(_is_for, "console"))
+    console.setFormatter(_LineFormatter("%(message)s", redact))
+    logging.basicConfig(level=console.level, handlers=[console], force=True)
+    for package in MUTED_PACKAGES:
         logging.getLogger(package).setLevel(logging.ERROR)
-    sys.excepthook = lambda kind, error, trace: log.critical("Unexpected error", exc_info=(kind, error, trace))
-    if log_file:
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        file = _PrivateLogFile(log_file, maxBytes=10_000_000, backupCount=5)
+    sys.excepthook = _log_uncaught_exception
+    if log_file is not None:
+        file = _open_log_file(log_file)
         file.setLevel(level)
-        file.addFilter(lambda record: record.msg != "")  # empty lines are for the console
-        file.setFormatter(_Formatter("%(asctime)s %(levelname)-7s %(module)s: %(message)s", redact))
-        logging.getLogger().addHandler(file)
-        logging.getLogger().setLevel(min(file.level, console.level))
+        file.addFilter(partial(_is_for, "file"))
+        layout = "%(asctime)s %(levelname)-7s %(module)s: %(message)s"
+        file.setFormatter(_LineFormatter(layout, redact))
+        root = logging.getLogger()
+        root.addHandler(file)
+        root.setLevel(min(console.level, file.level))
 
 
-class _Formatter(logging.Formatter):
-    """One line a record: no secret, and no control character by which a row or reply could forge lines."""
+def _open_log_file(path: Path) -> _LogFile:
+    """Return the handler of the log file. Raises LogNotWritable."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return _LogFile(path)
+    except OSError as error:
+        raise LogNotWritable(
+            f"LOG_FILE {path} cannot be written ({error.strerror}):"
+            " set it to a file that this account may write, or to /dev/null"
+        ) from error
 
-    def __init__(self, layout: str, redact: Callable[[str], str]) -> None:
+
+def _log_uncaught_exception(*exc_info: Any) -> None:
+    log.critical("Unexpected error", exc_info=exc_info)
+
+
+def _is_for(destination: str, record: logging.LogRecord) -> bool:
+    return getattr(record, "destination", destination) == destination
+
+
+class _LineFormatter(logging.Formatter):
+    """Formats a record as one line, without secrets and control characters.
+
+    So no text from a row or an answer can forge a line or command a terminal. Only a
+    traceback has several lines.
+    """
+
+    def __init__(self, layout: str, redact: Redactor) -> None:
         super().__init__(layout, "%Y-%m-%dT%H:%M:%S%z")
         self._redact = redact
 
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = self._redact(record.message)
-        if not record.message.isprintable():
-            record.message = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in record.message)
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's
+        record.message = self._clean(record.message)
         return super().formatMessage(record)
 
-    def formatException(self, exc_info: Any) -> str:
-        return self._redact(super().formatException(exc_info))
+    def formatException(self, exc_info: Any) -> str:  # noqa: N802 - logging's
+        return self._clean(super().formatException(exc_info), kept="\n")
+
+    def _clean(self, text: str, kept: str = "") -> str:
+        """Return the text with `[secret]` and escapes; `kept` are not escaped."""
+        # Once its control characters are escaped, a secret would not be found.
+        text = self._redact(text)
+        if text.isprintable():
+            return text
+        return "".join(
+            character
+            if character.isprintable() or character in kept
+            else f"\\x{ord(character):02x}"
+            for character in text
+        )
 
 
-class _Console(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 has no StreamHandler[...]
-    """A console that may go away (`| head`, a closed terminal): the run goes on without."""
+# Python 3.10 has no StreamHandler[...].
+class _Console(logging.StreamHandler):  # type: ignore[type-arg]
+    """Standard output. When it goes away (`| head`), the run goes on without it.
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        self.setLevel(logging.CRITICAL + 1)
-        # What is left in its buffer would fail once more at exit, and make the exit code 120.
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+    On a terminal, a line of progress is replaced by the next line. A console that is
+    not UTF-8 loses the marks.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._has_marks = "utf" in stream.encoding.lower()
+        self._is_terminal = stream.isatty()
+        self.stream.reconfigure(errors="backslashreplace")
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        self.terminator = "\n"
+        if not self._has_marks:
+            text = re.sub("[✓✗⚠] ", "", text)
+        if self._is_terminal and hasattr(record, "is_progress"):
+            # The next line is written over this one, which therefore must not wrap.
+            self.terminator = "\r"
+            text = text[: shutil.get_terminal_size().columns - 1]
+        if self._is_terminal:
+            return ERASE_LINE + text
+        return text
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's
+        # From now on the console writes into nothing. The text that it could not write
+        # would else be tried again at the end of the process, and make its exit code
+        # 120.
+        with contextlib.suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
 
 
-_open_private = functools.partial(os.open, mode=0o600)  # for `open`: a new file is its owner's alone
+class _LogFile(logging.handlers.RotatingFileHandler):
+    """The log file, which is rotated, if it is neither a link nor a device.
 
+    When it cannot be rotated or written, the console says so, and the run goes on.
+    """
 
-class _PrivateLogFile(logging.handlers.RotatingFileHandler):
-    """A rotating log. When it cannot be written, the console says so, once, and the run goes on."""
+    def __init__(self, path: Path) -> None:
+        # With 0 nothing is rotated. Devices never are: logging sees to that.
+        size = 0 if path.is_symlink() else LOG_SIZE
+        super().__init__(path, maxBytes=size, backupCount=OLD_LOGS)
+        # If so, an earlier run has warned that it cannot be rotated.
+        self._was_too_large = path.stat().st_size >= LOG_SIZE
+        self._has_failed = False
 
     def _open(self) -> Any:
-        return open(self.baseFilename, "a", encoding="utf-8", errors="backslashreplace", opener=_open_private)
+        target: int | str = self.baseFilename
+        if target in STANDARD_STREAMS:
+            target = os.dup(STANDARD_STREAMS[target])
+        return open(
+            target,
+            "a",
+            encoding="utf-8",
+            errors="backslashreplace",
+            opener=_open_private,
+        )
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        if self.maxBytes:
-            self.maxBytes = 0  # where it cannot be renamed, one file that grows rather than lines that are lost
-            log.error("The log file %s cannot be written: %s", self.baseFilename, sys.exc_info()[1])
+    def doRollover(self) -> None:  # noqa: N802 - logging's
+        try:
+            super().doRollover()
+        except OSError as error:
+            self.maxBytes = 0
+            log.log(
+                logging.INFO if self._was_too_large else logging.WARNING,
+                "The log file %s cannot be rotated (%s), so this one file grows:"
+                " let this account write to its folder",
+                self.baseFilename,
+                error.strerror,
+            )
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's
+        if not self._has_failed:
+            self._has_failed = True
+            error = sys.exc_info()[1]
+            log.error("The log file %s cannot be written: %s", self.baseFilename, error)
+
+
+def _open_private(path: str, flags: int) -> int:
+    """Open a file; make it for its owner alone if it is missing."""
+    return os.open(path, flags | os.O_CREAT, 0o600)
+
+
+# A user's line in the results file
+
+
+class Status(str, Enum):
+    """What became of a user in a run."""
+
+    SUCCESS = "success"
+    PARTIAL_FAILURE = "partial_failure"
+    TOTAL_FAILURE = "total_failure"
+    FORGOTTEN = "forgotten"
+    RESET = "reset"
+    NOT_ATTEMPTED = "not_attempted"
+    WOULD_SEND = "would_send"  # in a dry run
+    UNCHANGED = "unchanged"  # counted, and not in the results file
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether a call failed, or the row cannot be sent."""
+        return self in (Status.PARTIAL_FAILURE, Status.TOTAL_FAILURE)
+
+
+class CallLine(TypedDict):
+    """The result of a call in a user's line."""
+
+    endpoint: str
+    ok: bool
+    status: int | None  # None: no answer
+    code: str | None
+    message: str
+    attempts: int
+
+
+# Python 3.10 has no NotRequired.
+class _OptionalKeys(TypedDict, total=False):
+    problem: str  # why the row cannot be sent
+    payloads: Mapping[str, Any]  # of a dry run
+
+
+class UserLine(_OptionalKeys):
+    """A user's line in the results file. A call that was not made is None."""
+
+    record: int  # from 1
+    user_id: int | str | None
+    email: int | str | None
+    event_id: str | None
+    status: str  # a Status
+    users_update: CallLine | None
+    events_track: CallLine | None
+    fingerprint: str | None  # of the payloads, the project and its key
+
+
+# Returns a value as one line of JSON.
+to_json = json.JSONEncoder(ensure_ascii=False).encode
+
+# Returns the value at the beginning of a text and where it ends: the comma after a
+# user's line does no harm.
+_decode = json.JSONDecoder().raw_decode
 
 
 # The results folder
 
 
+class EarlierRun(NamedTuple):
+    """The head of a results file. Runs are ordered by their number, then their start.
+
+    The time stamps of the files do not count: a copy changes them. Files without a
+    number, of the program's first versions, have 0.
+    """
+
+    number: int
+    started: float  # seconds since 1970
+    path: Path
+    mode: str  # "send" or "dry-run"
+    iterable: str | None  # base URL; not known of the program's first versions
+    identify_by: str  # "email" or "userId"
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the run was killed."""
+        return self.path.suffix == ".partial"
+
+
+class ResultsFolder:
+    """RESULTS_DIR, which one run at a time may use. It is the memory of the runs.
+
+    A `with` block makes the folder if it is missing, and holds its lock. The lock ends
+    with the process, however that ends.
+
+    Raises:
+        FolderInUse: another run holds the lock.
+        FolderNotUsable: this account cannot write or lock there.
+        ResultsNotWritable: the disk is full or broken.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = _hold_lock(path)
+        self._runs: list[EarlierRun] | None = None
+
+    def __enter__(self) -> ResultsFolder:
+        self._lock.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.__exit__(None, None, None)
+
+    def check_writable(self) -> None:
+        """Raise FolderNotUsable or ResultsNotWritable if no file can be made."""
+        with _creating_in(self.path), tempfile.TemporaryFile(dir=self.path) as file:
+            file.write(b"\n")
+
+    def earlier_runs(self) -> list[EarlierRun]:
+        """Return the heads of all results files, partial ones too, in run order.
+
+        The files are read once. A file of another form is skipped with a warning.
+
+        Raises:
+            EarlierResultsUnreadable
+        """
+        if self._runs is None:
+            with _reading(self.path):
+                # Path.glob finds nothing in a folder that must not be listed.
+                names = os.listdir(self.path)
+            paths = [self.path / name for name in names if RESULTS_NAME.fullmatch(name)]
+            heads = [_read_head(path) for path in paths]
+            self._runs = sorted(head for head in heads if head is not None)
+        return self._runs
+
+    def read_memory(
+        self,
+        *,
+        iterable: str,
+        identify_by: str,
+        for_changes: bool = True,
+        for_resets: bool = True,
+    ) -> Memory:
+        """Return what the earlier runs say about their users.
+
+        Without `for_changes` the memory knows no deliveries and failures, without
+        `for_resets` no updated users; without both, only the heads are read. Updated
+        users come from runs with the same `iterable` (the base URL) and `identify_by`
+        only. Dry runs do not count. Damaged lines are skipped with a warning.
+
+        Raises:
+            EarlierResultsUnreadable
+        """
+        memory = Memory()
+        for run in self.earlier_runs():
+            is_same = run.iterable == iterable and run.identify_by == identify_by
+            has_updates = for_resets and is_same
+            if run.mode == "send" and (for_changes or has_updates):
+                _read_run(run, memory, for_changes=for_changes, for_resets=has_updates)
+        return memory
+
+    def create_results_file(
+        self, head: Mapping[str, Any], started: datetime
+    ) -> ResultsFile:
+        """Return the new results file of a run. Number and start are added to its head.
+
+        It is named by the start, or by a later second if there is a file of that name.
+
+        Raises:
+            EarlierResultsUnreadable: the number cannot be found.
+            FolderNotUsable
+            ResultsNotWritable
+        """
+        numbers = [run.number for run in self.earlier_runs()]
+        whole_head = {
+            "number": max(numbers, default=0) + 1,
+            "started_at": started.isoformat(timespec="seconds"),
+            **head,
+        }
+        while any(self.path.glob(f"{started:{NAME_FORMAT}}*")):
+            started += timedelta(seconds=1)
+        name = f"{started:{NAME_FORMAT}}.partial"
+        with _creating_in(self.path):
+            self._remove_old_lists()
+            return ResultsFile(self.path / name, whole_head)
+
+    def _remove_old_lists(self) -> None:
+        """Remove lists of announced users whose results file was deleted."""
+        for announced in self.path.glob(".*.started"):
+            results = self.path / announced.stem.removeprefix(".")
+            if not results.exists():
+                announced.unlink()
+
+
 @contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the kernel releases with the process. Raises OSError, BlockingIOError if in use."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".integration_results.lock", "a+", errors="replace", opener=_open_private) as lock:
+def _hold_lock(folder: Path) -> Iterator[None]:
+    """Make the folder if it is missing, and hold its lock."""
+    with _creating_in(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / LOCK_NAME
+        lock = open(  # noqa: SIM115 - closed below
+            path, "r+b", buffering=0, opener=_open_private
+        )
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise BlockingIOError(f"Another run holds {folder}: {lock.read() or 'just begun'}") from None
-        with contextlib.suppress(OSError):  # on a full disk it holds as well, without these words
-            lock.truncate(0)
-            os.write(lock.fileno(), f"process {os.getpid()}, since {datetime.now().astimezone():%F %T %z}".encode())
+        except (BlockingIOError, PermissionError):  # the latter on a Windows share
+            holder = lock.read().decode()
+            raise FolderInUse(f"Another run holds {folder}: {holder}") from None
+        except OSError as error:
+            raise FolderNotUsable(
+                f"RESULTS_DIR {folder} is on a file system that gives no locks"
+                f" ({error.strerror}), and two runs at once would not be noticed:"
+                " set it to a folder on a local disk, or mount this one with locks"
+            ) from error
+        now = datetime.now().astimezone()
+        # On a full disk the lock holds as well, without this text.
+        with contextlib.suppress(OSError):
+            lock.truncate()
+            lock.write(f"process {os.getpid()}, since {now:%F %T %z}".encode())
         yield
 
 
-to_json = json.JSONEncoder(ensure_ascii=False).encode
-raw_decode = json.JSONDecoder().raw_decode  # json.loads takes a third longer
+@contextlib.contextmanager
+def _creating_in(folder: Path) -> Iterator[None]:
+    """Raise ResultsNotWritable or FolderNotUsable for an OSError of the block."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            raise _not_writable(folder, error) from error
+        raise FolderNotUsable(
+            f"RESULTS_DIR {folder} cannot be used ({error}):"
+            " let this account write there, or set it to another folder"
+        ) from error
+
+
+# Earlier results files
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raise EarlierResultsUnreadable for an OSError of the block."""
+    try:
+        yield
+    except OSError as error:
+        raise EarlierResultsUnreadable(
+            f"{path} cannot be read ({error.strerror}), so this run would not know what"
+            " an earlier one sent: let this account read it (chown), or restore it, or"
+            " move it out of RESULTS_DIR if it is lost"
+        ) from error
+
+
+def _read_head(path: Path) -> EarlierRun | None:
+    """Return the head of a results file, None if it has none.
+
+    It is the second line: `"run": {...},`. Raises EarlierResultsUnreadable.
+    """
+    with _reading(path), path.open(encoding="utf-8", errors="replace") as lines:
+        lines.readline()
+        text = lines.readline()
+    if path.suffix == ".partial" and not text.endswith("\n"):
+        return None  # the run was killed before its head was complete
+    try:
+        head, _ = _decode(text.removeprefix('"run": '))
+        return EarlierRun(
+            number=int(head.get("number", 0)),
+            started=datetime.fromisoformat(head["started_at"]).timestamp(),
+            path=path,
+            mode=head["mode"],
+            iterable=head.get("iterable"),
+            identify_by=head.get("identify_by", "email"),
+        )
+    except MALFORMED as error:
+        log.warning(
+            "%s is not a results file of this program and is not used: %r", path, error
+        )
+        return None
+
+
+def _read_run(
+    run: EarlierRun, memory: Memory, *, for_changes: bool, for_resets: bool
+) -> None:
+    """Take the users' lines of a run into the memory.
+
+    Raises:
+        EarlierResultsUnreadable
+    """
+    identity_key = "user_id" if run.identify_by == "userId" else "email"
+    unrecorded = _read_announced(run)
+    damaged = 0
+    for text in _read_lines(run.path):
+        try:
+            # It may be followed by the rest of a line whose beginning is lost.
+            line, _ = _decode(text)
+            user = UpdatedUser(line["user_id"], str(line[identity_key]))
+            unrecorded.pop(user, None)
+            if for_changes:
+                memory.add_result(line)
+            if for_resets:
+                memory.add_update(user, line)
+        except MALFORMED:
+            is_torn_by_kill = run.is_partial and not text.endswith("\n")
+            if not is_torn_by_kill:
+                damaged += 1
+    for user in unrecorded:
+        memory.add_unrecorded(user, for_resets=for_resets)
+    if damaged:
+        log.warning(
+            "%s is used as memory in part: %d line(s) are damaged", run.path, damaged
+        )
+
+
+def _read_announced(run: EarlierRun) -> dict[UpdatedUser, None]:
+    """Return the announced users of a killed run, in order.
+
+    A line that was torn by the kill is skipped: its user was not sent yet.
+    """
+    users: dict[UpdatedUser, None] = {}
+    path = _announced_path(run.path)
+    if path.exists():
+        for text in _read_lines(path):
+            with contextlib.suppress(*MALFORMED):
+                line = json.loads(text)
+                users[UpdatedUser(line["user_id"], line["identity"])] = None
+    return users
+
+
+def _announced_path(results: Path) -> Path:
+    """Return the path of the list of announced users beside a partial results file."""
+    return results.with_name(f".{results.name}.started")
+
+
+def _read_lines(path: Path) -> Iterator[str]:
+    """Return the lines about users. Raises EarlierResultsUnreadable."""
+    with _reading(path), path.open(encoding="utf-8", errors="surrogateescape") as lines:
+        for text in lines:
+            if text.startswith('{"'):  # as no other line does
+                yield text
+
+
+# The results file of this run
 
 
 class ResultsFile:
-    """The document of contract 7: it grows line by line as `….json.partial` and takes its name when it is whole.
+    """The results of a run, a JSON document that grows line by line.
 
-    A line reaches the kernel at once, so that a killed process loses none, and the disk within about a second.
-    Raises OSError when folder or disk do not take it; after that nothing is written, so that there is no gap.
+    It is named `….json.partial` until it is complete. The line of a user who was sent
+    survives the end of the process at once, and a power failure after about a second.
+
+    Raises:
+        OSError: the file cannot be made.
+        ResultsNotWritable: its first lines cannot be written. No file is left.
     """
 
-    def __init__(self, folder: Path, run: Mapping[str, Any], started: datetime) -> None:
-        number = 1 + max((number for number, *_ in _earlier_runs(folder)), default=0)
-        run = {"number": number, "started_at": started.isoformat(timespec="seconds"), **run}
-        while any(folder.glob(f"integration_results_{started:%Y%m%d_%H%M%S}.json*")):
-            started += timedelta(seconds=1)
-        self.path = folder / f"integration_results_{started:%Y%m%d_%H%M%S}.json.partial"
-        self._separator, self._synced = "", time.monotonic()
-        self._failure: OSError | None = None
+    def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
+        self.path = path
+        self._announced = _GrowingFile(_announced_path(path))
+        self._file = _GrowingFile(path)
+        self._separator = ""
         try:
-            self._file = open(self.path, "xb", opener=_open_private)  # noqa: SIM115
-            self._write(f'{{\n"run": {to_json(run)},\n"results": [\n')
-        except OSError as error:
-            self.path.unlink(missing_ok=True)
-            raise OSError(f"RESULTS_DIR cannot be written: {error}") from error
+            self._file.write(f'{{\n"run": {to_json(head)},\n"results": [\n')
+        except ResultsNotWritable:
+            self._file.remove()
+            self._announced.remove()
+            raise
 
-    def add(self, line: str, *, at_once: bool = True) -> None:
-        """Add a user's line. Where nobody was told, it need not be written at once."""
-        self._write(self._separator + line, at_once=at_once)
+    def announce(self, users: Iterable[tuple[int | str | None, str]]) -> None:
+        """Note the user ID and identity of users before anything is sent for them.
+
+        If the run is killed before their lines are written, Iterable may have accepted
+        their updates. The memory learns that from this list, a hidden file beside the
+        results. It is removed when they are complete.
+
+        Raises:
+            ResultsNotWritable
+        """
+        for user_id, identity in users:
+            line = to_json({"user_id": user_id, "identity": identity})
+            self._announced.write(f"{line}\n")
+
+    def add(self, line: UserLine, *, sent: bool = True) -> None:
+        """Add a user's line. One that was not `sent` may stay in memory for a while.
+
+        Raises:
+            ResultsNotWritable: this time and from now on, so the file has no gap.
+        """
+        self._file.write(self._separator + to_json(line), flush=sent)
         self._separator = ",\n"
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        self._write(f'\n],\n"summary": {to_json(summary)}\n}}\n')
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self.path = self.path.rename(self.path.with_suffix(""))
+        """Complete the document and give it its name. Raises ResultsNotWritable."""
+        self._file.write(f'\n],\n"summary": {to_json(summary)}\n}}\n')
+        complete = self.path.with_suffix("")
+        try:
+            self._file.close()
+            self.path.rename(complete)
+        except OSError as error:
+            raise _not_writable(self.path, error) from error
+        self.path = complete
+        self._announced.remove()
 
-    def _write(self, text: str, *, at_once: bool = True) -> None:
-        if self._failure:
+
+class _GrowingFile:
+    """A new file to which text is added, for its owner alone. Raises OSError."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = open(  # noqa: SIM115 - stays open
+            path,
+            "x",
+            encoding="utf-8",
+            # Half a surrogate pair, which UTF-8 cannot express, becomes JSON's escape.
+            errors="backslashreplace",
+            opener=_open_private,
+        )
+        self._synced_at = time.monotonic()
+        self._failure: ResultsNotWritable | None = None
+
+    def write(self, text: str, *, flush: bool = True) -> None:
+        """Add the text; with `flush` it survives the end of the process.
+
+        Raises:
+            ResultsNotWritable: also for every text after one that was not written.
+        """
+        if self._failure is not None:
             raise self._failure
         try:
-            # A reply may hold half a surrogate pair, which UTF-8 cannot: backslashreplace makes it JSON's own escape.
-            self._file.write(text.encode("utf-8", "backslashreplace"))
-            if at_once:
+            self._file.write(text)
+            if flush:
                 self._file.flush()
-            if at_once and time.monotonic() - self._synced > 1:
-                os.fsync(self._file.fileno())
-                self._synced = time.monotonic()
+                if time.monotonic() - self._synced_at > SYNC_INTERVAL:
+                    self._sync()
         except OSError as error:
-            advice = "make room, or change RESULTS_DIR; users whom only the log names are sent again by the next run"
-            self._failure = OSError(f"{self.path} cannot be written ({error}): {advice}")
+            self._failure = _not_writable(self._path, error)
             raise self._failure from error
 
+    def close(self) -> None:
+        """Close the file once the disk has it. Raises OSError."""
+        self._sync()
+        self._file.close()
 
-# The memory of --changed-only: what the results files of the folder say
+    def remove(self) -> None:
+        """Delete the file. If that fails, a later run does it."""
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+            self._file.close()
 
-
-def verdict(line: Mapping[str, Any]) -> str:
-    """What the memory keeps of a user's line: the fingerprint after a success, else also the status and why."""
-    if line["status"] == "success":
-        return str(line["fingerprint"])
-    calls = [line[name] for name in ("users_update", "events_track") if line[name] and not line[name]["ok"]]
-    reasons = [[call[key] for key in ("endpoint", "status", "code", "message")] for call in calls]
-    return to_json([line["status"], line["fingerprint"], line.get("problem"), reasons])
-
-
-def read_memory(folder: Path) -> dict[str, str]:
-    """The last verdict on each user id. What is damaged is skipped with a warning: its users are sent again.
-
-    Dry runs told nobody. A user who was not attempted keeps the verdict there was, unless that is of other payloads: a
-    bulk call may have told these. Raises OSError for a file that can be read in part only.
-    """
-    memory: dict[str, str] = {}
-    for _, _, path, mode in _earlier_runs(folder, complain=True):
-        if mode != "send":
-            continue
-        killed, damaged = path.suffix == ".partial", 0
-        with path.open(encoding="utf-8", errors="surrogateescape") as lines:
-            for text in lines:
-                if text.startswith('{"') and not _remember(text, memory):  # only a user's line begins so
-                    damaged += text.endswith("\n") or not killed  # a run that was killed leaves its last line torn
-        if damaged:
-            log.warning("%s is used as memory in part: %d line(s) are damaged", path, damaged)
-    return memory
-
-
-def _remember(text: str, memory: dict[str, str]) -> bool:
-    """Take a user's line into the memory; False where it is damaged."""
-    try:
-        line, _ = raw_decode(text)  # what follows it, but for a comma, is the rest of a lost line
-        user, fingerprint = str(line["user_id"]), line["fingerprint"]
-        if line["status"] != "not_attempted" or (fingerprint and fingerprint not in memory.get(user, "")):
-            memory[user] = verdict(line)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return False
-    return True
-
-
-def _earlier_runs(folder: Path, *, complain: bool = False) -> list[tuple[int, float, Path, str]]:
-    """Number, start, path and mode of each results file, in the order of the runs: a copy changes every time stamp."""
-    runs = []
-    paths = [*folder.glob("integration_results_*.json"), *folder.glob("integration_results_*.json.partial")]
-    for path in sorted(paths):
+    def _sync(self) -> None:
         try:
-            with path.open(encoding="utf-8", errors="replace") as lines:
-                lines.readline()
-                run = json.loads("{" + lines.readline().rstrip(",\n") + "}")["run"]
-            started = datetime.fromisoformat(run["started_at"]).timestamp()
-            runs.append((int(run.get("number", 0)), started, path, str(run["mode"])))
-        except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            if complain and path.suffix != ".partial":  # that may be of a run that was killed at once
-                log.warning("%s is not a results file of this program, and not used: %s", path, error)
-    return sorted(runs)
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            # Other errors say that the file system has no fsync.
+            if error.errno in DISK_ERRORS:
+                raise
+        self._synced_at = time.monotonic()
+
+
+def _not_writable(path: Path, error: OSError) -> ResultsNotWritable:
+    return ResultsNotWritable(
+        f"{path} cannot be written ({error.strerror}): make room, or set RESULTS_DIR to"
+        " another disk; users who have no line there are sent by the next run"
+    )
+
+
+# The memory of --changed-only and --reset-left
+
+
+class UpdatedUser(NamedTuple):
+    """A user whose update Iterable accepted, as far as is known."""
+
+    user_id: int | str
+    identity: str  # the address or user ID that was sent
+
+
+class _LastResult(NamedTuple):
+    """What is remembered of a user's last delivery."""
+
+    fingerprint: str | None
+    reasons: list[object] | None  # of the failure; None: it succeeded
+
+
+class Memory:
+    """What the results files say about the users of earlier runs."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, _LastResult] = {}  # by user ID
+        self._updated: dict[str, UpdatedUser] = {}  # by identity
+
+    def has_delivered(self, user_id: int | str | None, fingerprint: str) -> bool:
+        """Whether these payloads were delivered, and no others were sent since."""
+        return self._last.get(str(user_id)) == _LastResult(fingerprint, None)
+
+    def knows_failure(self, line: UserLine) -> bool:
+        """Whether the user's last failure had the same payloads and reasons."""
+        return self._last.get(str(line["user_id"])) == _find_failure(line)
+
+    def users_left(self, present: Container[str]) -> list[UpdatedUser]:
+        """Return the users who were updated, not reset since, and are not `present`.
+
+        `present` are identities. Users without a user ID, and those whom Iterable has
+        forgotten, are left out.
+        """
+        return [
+            user
+            for identity, user in self._updated.items()
+            if identity not in present and isinstance(user.user_id, int | str)
+        ]
+
+    def add_result(self, line: UserLine) -> None:
+        """Take in what became of a user in a later run."""
+        user = str(line["user_id"])
+        status = line["status"]
+        fingerprint = line["fingerprint"]
+        last = self._last.get(user)
+        if status == Status.SUCCESS:
+            self._last[user] = _LastResult(fingerprint, None)
+        elif status in (Status.PARTIAL_FAILURE, Status.TOTAL_FAILURE):
+            self._last[user] = _find_failure(line)
+        elif status != Status.NOT_ATTEMPTED:
+            self._last.pop(user, None)
+        elif last and fingerprint not in (None, last.fingerprint):
+            # Other payloads may have been sent, in a group that got no answer.
+            del self._last[user]
+
+    def add_update(self, user: UpdatedUser, line: UserLine) -> None:
+        """Take in whether Iterable has set or reset the field of a user."""
+        update = line["users_update"]
+        if line["status"] in (Status.RESET, Status.FORGOTTEN):
+            self._updated.pop(user.identity, None)
+        elif update is not None and update["ok"]:
+            self._updated[user.identity] = user
+
+    def add_unrecorded(self, user: UpdatedUser, *, for_resets: bool) -> None:
+        """Take in a user who was perhaps updated or reset when the run was killed."""
+        self._last.pop(str(user.user_id), None)
+        if for_resets:
+            self._updated[user.identity] = user
+
+
+def _find_failure(line: UserLine) -> _LastResult:
+    reasons: list[object] = [line.get("problem")]
+    for call in (line["users_update"], line["events_track"]):
+        if call is not None and not call["ok"]:
+            reasons.append({**call, "attempts": None})  # their number is no reason
+    return _LastResult(line["fingerprint"], reasons)

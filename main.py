@@ -1,70 +1,245 @@
-"""Tell Iterable about every pro customer who looked at the pricing or settings page in the last 7 days.
+"""Send every pro customer's latest view of the pricing or settings page to Iterable.
 
-One run: settings, the rows of Query 2, both calls for each user, a results file and a log. README.md has the rest.
+One run reads the rows of Query 2, updates each user and sends the view as an event, and
+leaves a results file and a log. README.md tells how to use it; its section Development
+is the map of the code.
 """
 
 from __future__ import annotations
 
+try:
+    import signal
+
+    # Until `listen_for_signals`, Ctrl-C ends the process without a traceback.
+    if __name__ == "__main__":
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+except KeyboardInterrupt:
+    raise SystemExit(130) from None
+
 import argparse
 import contextlib
+import difflib
 import functools
 import gc
 import hashlib
-import json
+import importlib
+import io
 import logging
-import mmap
 import os
-import queue
 import re
-import signal
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import IntEnum
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-try:
-    from dotenv.parser import parse_stream
-
-    import iterable_client as api
-    import logger_config
-    from db_connection import DatabaseConnection, DatabaseError, Record, read_query
-    from iterable_client import CallResult, IterableClient
-    from logger_config import FILE_ONLY, ResultsFile, lock_folder, read_memory, redactor, setup_logger
-except ModuleNotFoundError as missing:
-    advice = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt, then .venv/bin/python main.py"
-    sys.stderr.write(f"The package {missing.name} is not installed for {sys.executable}: {advice}\n")
-    sys.exit(2)
-
 HERE = Path(__file__).resolve().parent
+
+
+# Installation
+
+# The packages with the module that is imported, and the oldest version that works.
+PACKAGES = {
+    "mysql-connector-python": ("mysql.connector", (9, 2)),
+    "python-dotenv": ("dotenv.parser", (1, 0)),
+    "urllib3": ("urllib3", (2, 2)),
+    "requests": ("requests", (2, 32)),
+}
+INSTALL = (
+    "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt,"
+    " then .venv/bin/python main.py"
+)
+
+
+def find_installation_fault() -> str | None:
+    """Return what keeps the program from starting, and the cure."""
+    if sys.version_info < (3, 10):  # noqa: UP036 - this is where an older one is told
+        return f"Python 3.10 or newer is needed; {sys.executable} is older"
+    if sys.platform == "win32":
+        return "This program runs on Linux and macOS; on Windows, start it under WSL"
+    for module in ("fcntl", "ssl", "zlib"):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            return f"{sys.executable} lacks a part ({error}): use another Python"
+    for module in ("db_connection", "iterable_client", "logger_config"):
+        if not (HERE / f"{module}.py").is_file():
+            return f"{module}.py is missing in {HERE}: copy the whole folder"
+    for package, (module, oldest) in PACKAGES.items():
+        try:
+            # None for a package of which pip left a part only.
+            version = metadata.version(package) or "without a version"
+            numbers = [int(number) for number in re.findall(r"\d+", version)]
+            if tuple(numbers[:2]) < oldest:
+                needed = ".".join(str(number) for number in oldest)
+                return f"{package} {version} is too old, {needed} is needed: {INSTALL}"
+            importlib.import_module(module)
+        except metadata.PackageNotFoundError:
+            python = sys.executable
+            return f"The package {package} is not installed for {python}: {INSTALL}"
+        except ImportError as error:
+            return f"{package} cannot be imported ({error}): {INSTALL}"
+    return None
+
+
+if __name__ == "__main__":
+    installation_fault = find_installation_fault()
+    if installation_fault is not None:
+        sys.stderr.write(f"{installation_fault}\n")
+        sys.exit(2)
+    if str(HERE) not in sys.path:  # python -P or -I leaves it out
+        sys.path.insert(0, str(HERE))
+
+import resource  # which Windows lacks, so it comes after the check
+
+from dotenv.parser import parse_stream
+
+from db_connection import (
+    DatabaseConnection,
+    DatabaseError,
+    PageViewRow,
+    QueryFileError,
+    read_query,
+)
+from iterable_client import (
+    EVENTS_TRACK,
+    USER_FIELD_TYPES,
+    USERS_UPDATE,
+    Call,
+    CallResult,
+    FieldsResult,
+    IdentifyBy,
+    Identity,
+    IterableClient,
+    IterableUnavailable,
+    KeyRefused,
+    NetworkSettingsError,
+    NoRoomForThread,
+    RetryPolicy,
+    RunControl,
+    Sender,
+    UnusableRow,
+    UserCalls,
+    identify,
+    make_event_payload,
+    make_reset_payload,
+    make_user_payload,
+    normalize_email,
+    parse_api_key,
+    parse_base_url,
+    to_compact_json,
+)
+from logger_config import (
+    CONSOLE_ONLY,
+    FILE_ONLY,
+    PROGRESS,
+    CallLine,
+    EarlierResultsUnreadable,
+    FolderInUse,
+    FolderNotUsable,
+    LogNotWritable,
+    Memory,
+    ResultsFile,
+    ResultsFolder,
+    ResultsNotWritable,
+    Status,
+    UserLine,
+    build_redactor,
+    setup_logger,
+    to_json,
+)
+
 QUERIES = HERE / "phase2_queries.sql"
-SUCCESS, NOT_ALL, BAD_SETTINGS, BAD_DATABASE, GIVEN_UP, LOCKED = 0, 1, 2, 3, 4, 75  # exit codes (contract 3)
-EXIT_CODES = {DatabaseError: BAD_DATABASE, BlockingIOError: LOCKED, MemoryError: NOT_ALL, ConnectionError: GIVEN_UP}
-UNUSABLE_IN_A_ROW = 20  # users without a usable answer, after which the run is given up
-ROOM = 200_000_000  # bytes of addresses to be free for a new thread: it hangs or crashes where there are none
-MOST_IN_FLIGHT = 10_000  # users of a run in bulk: more would only wait for their turn, and take room
-MANY, LARGE = 100, 5000  # users, above which the console shows progress, and above which --bulk is recommended
-SHOWN_FAILURES, SHOWN_REASONS, SHOWN_PAYLOADS = 20, 10, 3
 
 log = logging.getLogger(__name__)
+
+
+# Exit codes
+
+
+class ExitCode(IntEnum):
+    """How the process ends. A run that a signal stops ends with 128 + its number."""
+
+    SUCCESS = 0
+    NOT_ALL_DELIVERED = 1
+    SETTINGS = 2
+    DATABASE = 3
+    GIVEN_UP = 4
+    LOCKED = 75
+
+
+class SettingsError(Exception):
+    """Settings are missing or wrong. The text names all of them, and no secret."""
+
+
+class TooFewUsers(Exception):
+    """The query found fewer users than --at-least."""
+
+
+class Interrupted(Exception):
+    """A signal stopped the run."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"Stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+class UnexpectedError(Exception):
+    """An error that nobody foresaw ended the run."""
+
+
+class CheckFailed(Exception):
+    """An item of the checklist is not as a run needs it."""
+
+
+# The errors that end a run, or keep it from starting. The first class that fits counts.
+EXIT_CODES: dict[type[Exception], ExitCode] = {
+    SettingsError: ExitCode.SETTINGS,
+    QueryFileError: ExitCode.SETTINGS,
+    LogNotWritable: ExitCode.SETTINGS,
+    FolderNotUsable: ExitCode.SETTINGS,
+    EarlierResultsUnreadable: ExitCode.SETTINGS,
+    NetworkSettingsError: ExitCode.SETTINGS,
+    DatabaseError: ExitCode.DATABASE,
+    TooFewUsers: ExitCode.DATABASE,
+    KeyRefused: ExitCode.GIVEN_UP,
+    IterableUnavailable: ExitCode.GIVEN_UP,
+    FolderInUse: ExitCode.LOCKED,
+    ResultsNotWritable: ExitCode.NOT_ALL_DELIVERED,
+    NoRoomForThread: ExitCode.NOT_ALL_DELIVERED,
+    MemoryError: ExitCode.NOT_ALL_DELIVERED,
+    UnexpectedError: ExitCode.NOT_ALL_DELIVERED,
+    CheckFailed: ExitCode.NOT_ALL_DELIVERED,
+}
+KNOWN_ERRORS = tuple(EXIT_CODES)
+
+
+def find_exit_code(error: Exception) -> int:
+    """Return the exit code of a run that this error ended."""
+    if isinstance(error, Interrupted):
+        return 128 + error.number
+    for error_class, exit_code in EXIT_CODES.items():
+        if isinstance(error, error_class):
+            return exit_code
+    return ExitCode.NOT_ALL_DELIVERED
 
 
 # Settings
 
 
-class SettingsError(Exception):
-    """Settings are missing, empty, malformed or of no use. The text names them all, and no value of a setting."""
-
-
 @dataclass(frozen=True)
 class Settings:
-    """Contract 2: each field is the variable of that name. Paths are absolute, times in seconds."""
+    """Each field has the value of the variable of that name, in capitals.
+
+    Times are in seconds, paths absolute.
+    """
 
     db_host: str
     db_user: str
@@ -74,6 +249,7 @@ class Settings:
     db_ssl_ca: str
     iterable_api_key: str = field(repr=False)
     iterable_api_base_url: str
+    iterable_identify_by: IdentifyBy
     iterable_rate_limit: int
     iterable_max_attempts: int
     iterable_timeout: float
@@ -83,565 +259,1386 @@ class Settings:
     results_dir: Path
 
 
-def load_environment_variables(
-    env_file: Path = HERE / ".env", environ: Mapping[str, str] = os.environ, *, needs_key: bool = True
-) -> Settings:
-    """The settings of `environ`, else of the file (contract 2). Raises OSError, or SettingsError for all complaints."""
-    complaints: list[str] = []
-    values = {**read_env_file(env_file, complaints), **environ}
-    read_secret("DB_PASSWORD", values, complaints)
-    read_secret("ITERABLE_API_KEY", values, complaints if needs_key else [])  # which a dry run does without
-
-    def get(name: str, default: str | None = None, parse: Callable[[str], Any] = str, *, blank: bool = False) -> Any:
-        text = values.get(name) if blank else (values.get(name) or "").strip() or default
-        try:
-            if text is None:
-                raise ValueError("is empty" if name in values else "is missing")
-            if re.search("[\0\ud800-\udfff]", text):
-                raise ValueError("is not text")
-            return parse(text)
-        except (ValueError, argparse.ArgumentTypeError) as complaint:
-            complaints.append(f"{name} {complaint}")
-
-    settings = Settings(
-        db_host=get("DB_HOST"),
-        db_user=get("DB_USER"),
-        db_password=get("DB_PASSWORD", blank=True),
-        db_name=get("DB_NAME"),
-        db_port=get("DB_PORT", "3306", number(1, 65535)),
-        db_ssl_ca=get("DB_SSL_CA", "", ca_file),
-        iterable_api_key=get("ITERABLE_API_KEY", None if needs_key else "", api.api_key),
-        iterable_api_base_url=get("ITERABLE_API_BASE_URL", "https://api.iterable.com", api.base_url),
-        iterable_rate_limit=get("ITERABLE_RATE_LIMIT", "450", number(1, 100_000)),
-        iterable_max_attempts=get("ITERABLE_MAX_ATTEMPTS", "5", number(1, 100)),
-        iterable_timeout=get("ITERABLE_TIMEOUT", "30", number(0.1, 3600, float)),
-        max_workers=get("MAX_WORKERS", "300", number(1, 2000)),
-        log_level=get("LOG_LEVEL", "INFO", level),
-        log_file=get("LOG_FILE", "iterable_integration.log", HERE.joinpath),
-        results_dir=get("RESULTS_DIR", ".", HERE.joinpath),
-    )
-    if complaints:
-        raise SettingsError(f"Settings: {'; '.join(complaints)}. Set them in {env_file} (see .env.example)")
-    return settings
+def check_text(text: str) -> None:
+    """Raise ValueError for what would be taken literally, or is no text in UTF-8."""
+    # Half a surrogate pair stands for a byte that is not UTF-8.
+    if re.search("[\0\ud800-\udfff]", text):
+        raise ValueError("is not text")
+    if "\ufeff" in text:
+        raise ValueError("has a byte-order mark in it: save it as UTF-8 without one")
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        raise ValueError("is in quotes, which would be part of it: leave them out")
 
 
-def read_env_file(env_file: Path, complaints: list[str]) -> dict[str, str | None]:
-    """What the file sets; ${...} is left, for a password may hold it. There need be no `.env`. Raises OSError."""
-    if env_file == HERE / ".env" and not env_file.exists():
-        return {}
-    with env_file.open(encoding="utf-8", errors="surrogateescape") as lines:
-        bindings = list(parse_stream(lines))
-    bad = (each for each in bindings if each.error or not (each.key or "").isprintable())
-    complaints += [f"line {each.original.line} of {env_file} cannot be read" for each in bad]
-    return {each.key: each.value for each in bindings if each.key}
-
-
-def read_secret(name: str, values: dict[str, str | None], complaints: list[str]) -> None:
-    """Take a secret from the file that `<name>_FILE` names, if it is set: without one line break at the end."""
-    file = (values.get(f"{name}_FILE") or "").strip()
-    if file and values.get(name):
-        complaints.append(f"{name} and {name}_FILE are both set: keep one of them")
-    elif file:
-        try:
-            values[name] = re.sub(r"\r?\n\Z", "", HERE.joinpath(file).read_bytes().decode())
-        except (OSError, ValueError) as error:
-            complaints.append(f"{name}_FILE cannot be read ({getattr(error, 'strerror', None) or 'it is not text'})")
-            values[name] = "-"  # or it would be called missing as well
-
-
-def level(text: str) -> str:
+def parse_level(text: str) -> str:
+    """Return the name of a log level. Raises ValueError."""
     if text not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise ValueError("must be DEBUG, INFO, WARNING or ERROR")
     return text
 
 
-def number(low: float, high: float, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        plausible = re.fullmatch(r"\d{1,9}" if kind is int else r"\d{1,9}(\.\d{1,9})?", text, re.ASCII)
-        if not plausible or not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"must be a {'whole ' * (kind is int)}number from {low} to {high}")
-        return kind(text)
+def parse_identify_by(text: str) -> IdentifyBy:
+    """Return how users are identified. Raises ValueError."""
+    if text not in ("email", "userId"):
+        raise ValueError("must be email or userId")
+    return IdentifyBy(text)
+
+
+def parse_path(text: str) -> Path:
+    """Return a path relative to the folder of main.py, `~` expanded.
+
+    `text` is not empty. Raises ValueError for what only a shell would expand.
+    """
+    check_text(text)
+    if text[0] in "$%'\"":
+        raise ValueError(f"begins with {text[0]}, which would be taken as it stands")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise ValueError("begins with ~, but there is no such home: write it in full")
+    return HERE / expanded
+
+
+def parse_ca_file(text: str) -> str:
+    """Return the path of a CA file, or "" for none. Raises ValueError."""
+    if not text:
+        return ""
+    path = str(parse_path(text))
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        raise ValueError("is no file")
+    return path
+
+
+def parse_whole_number(low: int, high: int) -> Callable[[str], int]:
+    """Return a parser that takes whole numbers between these."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return int(text)
 
     return parse
 
 
-def ca_file(text: str) -> str:
-    if text and not os.path.isfile(HERE / text):  # Path.is_file raises for a name that is too long
-        raise ValueError("is no file")
-    return text and str(HERE / text)
+def parse_seconds(text: str) -> float:
+    """Return a number of seconds. Raises ValueError."""
+    is_number = re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text)
+    if not is_number or not 0.1 <= float(text) <= 3600:
+        raise ValueError("must be a number from 0.1 to 3600")
+    return float(text)
 
 
-# A user's delivery
+class Setting(NamedTuple):
+    """How a variable becomes a setting. One without a default is required."""
+
+    parse: Callable[[str], Any]
+    default: str | None = None
+    is_secret: bool = False
+
+
+SETTINGS = {
+    "DB_HOST": Setting(str),
+    "DB_USER": Setting(str),
+    "DB_PASSWORD": Setting(str, is_secret=True),
+    "DB_NAME": Setting(str),
+    "DB_PORT": Setting(parse_whole_number(1, 65535), "3306"),
+    "DB_SSL_CA": Setting(parse_ca_file, ""),
+    "ITERABLE_API_KEY": Setting(parse_api_key, is_secret=True),
+    "ITERABLE_API_BASE_URL": Setting(parse_base_url, "https://api.iterable.com"),
+    "ITERABLE_IDENTIFY_BY": Setting(parse_identify_by, "email"),
+    "ITERABLE_RATE_LIMIT": Setting(parse_whole_number(1, 100_000), "450"),
+    "ITERABLE_MAX_ATTEMPTS": Setting(parse_whole_number(1, 100), "5"),
+    "ITERABLE_TIMEOUT": Setting(parse_seconds, "30"),
+    "MAX_WORKERS": Setting(parse_whole_number(1, 2000), "300"),
+    "LOG_LEVEL": Setting(parse_level, "INFO"),
+    "LOG_FILE": Setting(parse_path, "iterable_integration.log"),
+    "RESULTS_DIR": Setting(parse_path, "."),
+}
+SECRETS = [name for name, setting in SETTINGS.items() if setting.is_secret]
+CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+NETWORK_VARIABLES = ("HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", *CA_VARIABLES)
+# A name in the file is taken for misspelt if it is so much like a setting's (difflib's
+# ratio), or if it has so many characters and one is a part of the other.
+MIN_LIKENESS = 0.72
+MIN_PART = 6
+
+
+def load_environment_variables(
+    env_file: Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    needs_key: bool = True,
+) -> Settings:
+    """Return the settings of the environment, else of the file.
+
+    Without `env_file` that is `.env` beside main.py, if it exists. The proxy and CA
+    variables of the file are put into the environment, where requests looks for them.
+    Raises SettingsError for all complaints together.
+    """
+    path = env_file or HERE / ".env"
+    from_file: dict[str, str] = {}
+    complaints: list[str] = []
+    if env_file is not None or path.exists():
+        from_file = read_env_file(path, complaints)
+    values = {**from_file, **environ}
+    parsed: dict[str, Any] = {}
+    for name, setting in SETTINGS.items():
+        try:
+            parsed[name.lower()] = read_setting(name, setting, values)
+        except ValueError as complaint:
+            if needs_key or name != "ITERABLE_API_KEY":
+                complaints.append(str(complaint))
+            else:
+                parsed[name.lower()] = ""
+    network_variables = find_network_variables(from_file, environ, complaints)
+    hints = find_misspelt_names(from_file)
+    if complaints:
+        text = "; ".join([*complaints, *hints])
+        raise SettingsError(f"Settings: {text}. Set them in {path} (see .env.example)")
+    for hint in hints:
+        log.info("⚠ %s", hint)  # no warning, which cron would mail every hour
+    os.environ.update(network_variables)
+    return Settings(**parsed)
+
+
+def read_env_file(path: Path, complaints: list[str]) -> dict[str, str]:
+    """Return what the file sets; a ${...} stays as it is.
+
+    Adds to the complaints. Raises SettingsError if the whole file cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise SettingsError(
+            f"The settings in {path} cannot be read ({error.strerror}):"
+            " check --env-file and the file's permissions"
+        ) from error
+    if b"\0" in content:
+        raise SettingsError(f"{path} is not in UTF-8 (in UTF-16?): save it as UTF-8")
+    text = content.decode("utf-8-sig", "surrogateescape")
+    values = {}
+    for binding in parse_stream(io.StringIO(text)):
+        name = binding.key or ""
+        if binding.error or not name.isprintable():
+            line = binding.original.line
+            complaints.append(f"line {line} of {path} cannot be read")
+        elif name and binding.value is not None:
+            values[name] = binding.value
+    return values
+
+
+def read_setting(name: str, setting: Setting, values: Mapping[str, str]) -> Any:
+    """Return the parsed value of a variable. Raises ValueError."""
+    text = values.get(name)
+    if setting.is_secret:
+        text = read_secret(name, values)
+    if name != "DB_PASSWORD":  # which may be empty, or have spaces around it
+        text = (text or "").strip() or setting.default
+    if text is None:
+        state = "empty" if name in values else "missing"
+        raise ValueError(f"{name} is {state}")
+    try:
+        check_text(text)
+        return setting.parse(text)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
+
+
+def read_secret(name: str, values: Mapping[str, str]) -> str | None:
+    """Return a secret, from the file that <NAME>_FILE names if that is set.
+
+    One line break at the end of the file is no part of it. Raises ValueError.
+    """
+    file = values.get(f"{name}_FILE", "").strip()
+    if not file:
+        return values.get(name)
+    if values.get(name):
+        raise ValueError(f"{name} and {name}_FILE are both set: keep one of them")
+    try:
+        text = parse_path(file).read_bytes().decode()
+    except OSError as error:
+        raise ValueError(f"{name}_FILE cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{name}_FILE cannot be read (it is not text)") from None
+    except ValueError as error:
+        raise ValueError(f"{name}_FILE {error}") from None
+    return re.sub(r"\r?\n\Z", "", text)
+
+
+def find_misspelt_names(names: Iterable[str]) -> list[str]:
+    """Return a sentence for each name that resembles a setting's and is none."""
+    known = [*SETTINGS, *NETWORK_VARIABLES, *(f"{name}_FILE" for name in SECRETS)]
+    hints = []
+    for name in names:
+        if name in known or name.upper() in NETWORK_VARIABLES:
+            continue
+        similar = find_similar_name(name.upper(), known)
+        if similar is not None:
+            hints.append(f"{name} is no setting: did you mean {similar}?")
+    return hints
+
+
+def find_similar_name(name: str, known: Sequence[str]) -> str | None:
+    """Return the known name that contains this one or stands in it, or is alike."""
+    if len(name) >= MIN_PART:
+        for candidate in known:
+            if candidate in name or name in candidate:
+                return candidate
+    alike = difflib.get_close_matches(name, known, 1, MIN_LIKENESS)
+    return alike[0] if alike else None
+
+
+def find_network_variables(
+    from_file: Mapping[str, str], environ: Mapping[str, str], complaints: list[str]
+) -> dict[str, str]:
+    """Return the proxy and CA variables that only the file sets.
+
+    Their names may be in lower case, too. Adds to the complaints.
+    """
+    set_already = {name.upper() for name in environ}
+    found = {}
+    for name, value in from_file.items():
+        if name.upper() not in NETWORK_VARIABLES or name.upper() in set_already:
+            continue
+        found[name] = value
+        if name.upper() in CA_VARIABLES and value:
+            try:
+                found[name] = str(parse_path(value))
+            except ValueError as error:
+                complaints.append(f"{name} {error}")
+    return found
+
+
+# The command line's options, and a user's delivery
+
+
+class Options(argparse.Namespace):
+    """The options of the command line."""
+
+    dry_run: bool
+    limit: int | None
+    at_least: int | None
+    changed_only: bool
+    reset_left: bool
+    bulk: bool
+    check: bool
+    quiet: bool
+    env_file: str | None
+
+
+class Leaver(NamedTuple):
+    """A user who left the segment and is still a customer."""
+
+    user_id: int | str
+    identity: str
+    email: str | None
 
 
 class Reason(NamedTuple):
-    """Why a user failed. `endpoint` is None for what was not sent, `status` for a call that got no answer."""
+    """Why a user failed, without anything particular to the user.
+
+    `endpoint` is None when no call says it, `status` when there was no answer. `brief`
+    names the call and its answer, `advice` is a sentence that says what to do.
+    """
 
     endpoint: str | None
     status: int | None
     code: str | None
-    message: str
-
-    @property
-    def short(self) -> str:
-        """Which call, status and code; the advice stands in the summary."""
-        if not self.endpoint:
-            return self.message.split(":")[0]
-        return " ".join(map(str, filter(None, (self.endpoint, self.status or "no answer", self.code))))
+    brief: str
+    advice: str
 
 
 @dataclass(slots=True)
 class Delivery:
-    """One user of this run: what is to be sent, then what became of it. A call that was not made is None."""
+    """A user of this run: what is to be sent, and what became of it.
 
-    record: int  # its number, from 1
+    `calls` is None when none are to be made: the row cannot be sent (`problem`), the
+    user is skipped (`skipped_as`), or the run is ending.
+    """
+
+    number: int  # from 1
     user_id: int | str | None
-    email: Any  # as the row has it, and once it is to be sent, the address
+    email: int | str | None
     event_id: str | None = None
     fingerprint: str | None = None
-    user: str = ""  # its payload in JSON, which is made once: to be sent, measured, hashed and shown
-    event: str = ""  # likewise
-    problem: str = ""  # why the row cannot be sent
-    without_calls: str = "not_attempted"  # the status while no call was made: also would_send and unchanged
-    users_update: CallResult | None = None
-    events_track: CallResult | None = None
-    hidden: bool = False  # from a quiet console, which had the same failure before
+    calls: UserCalls | None = None
+    problem: UnusableRow | None = None
+    skipped_as: Status | None = None
+    payloads: Mapping[str, Any] | None = None  # of a dry run, by the calls' names
+    is_known: bool = False  # a failure that an earlier run had, under --quiet
 
     @property
-    def calls(self) -> list[CallResult]:
-        return [call for call in (self.users_update, self.events_track) if call is not None]
+    def results(self) -> list[CallResult]:
+        """The results of the calls that were made."""
+        return [] if self.calls is None else self.calls.made
 
     @property
-    def status(self) -> str:
-        """One of contract 7, or `unchanged`."""
-        if self.users_update is None:
-            return "total_failure" if self.problem else self.without_calls
-        if any(call.forgotten for call in self.calls):
-            return "forgotten"
-        return ("total_failure", "partial_failure", "success")[sum(call.ok for call in self.calls)]
+    def status(self) -> Status:
+        """What became of the user, by the results that there are."""
+        if self.problem is not None:
+            return Status.TOTAL_FAILURE
+        if self.skipped_as is not None:
+            return self.skipped_as
+        if self.calls is None or not self.results:
+            return Status.NOT_ATTEMPTED
+        if any(result.is_forgotten for result in self.results):
+            return Status.FORGOTTEN
+        if not any(result.ok for result in self.results):
+            return Status.TOTAL_FAILURE
+        if self.calls.event is None:  # as for every user who left the segment
+            return Status.RESET
+        if len(self.results) > 1 and all(result.ok for result in self.results):
+            return Status.SUCCESS
+        return Status.PARTIAL_FAILURE
 
     @property
     def reasons(self) -> list[Reason]:
-        """Why the user failed, one for each call that did."""
-        if self.problem:
-            return [Reason(None, None, None, self.problem)]
-        reasons = [Reason(call.endpoint, call.status, call.code, call.reason) for call in self.calls if not call.ok]
-        return reasons or [Reason(None, None, None, "events/track not sent: the run ended before")]
+        """Why the user failed, one for each call that did; none for the others."""
+        if self.problem is not None:
+            return [Reason(None, None, None, self.problem.brief, str(self.problem))]
+        if not self.status.is_failure:
+            return []
+        reasons = [make_reason(result) for result in self.results if not result.ok]
+        if not reasons:  # the update was accepted
+            text = "events/track not sent: the run ended before"
+            reasons.append(Reason(None, None, None, text, text))
+        return reasons
 
-    def as_line(self) -> dict[str, Any]:
-        """The user's line in the results file (contract 7)."""
-        names = ("record", "user_id", "email", "event_id", "status", "users_update", "events_track", "fingerprint")
-        line = {name: getattr(self, name) for name in names} | ({"problem": self.problem} if self.problem else {})
-        return line | {name: call.as_json for name, call in line.items() if isinstance(call, CallResult)}
+    def make_line(self) -> UserLine:
+        """Return the user's line in the results file."""
+        update = None if self.calls is None else self.calls.update.result
+        event = None
+        if self.calls is not None and self.calls.event is not None:
+            event = self.calls.event.result
+        line: UserLine = {
+            "record": self.number,
+            "user_id": self.user_id,
+            "email": self.email,
+            "event_id": self.event_id,
+            "status": self.status.value,
+            "users_update": make_call_line(update),
+            "events_track": make_call_line(event),
+            "fingerprint": self.fingerprint,
+        }
+        if self.problem is not None:
+            line["problem"] = str(self.problem)
+        if self.payloads is not None:
+            line["payloads"] = self.payloads
+        return line
 
 
-def prepare(number: int, record: Record, project: str, seen: dict[str, Any]) -> Delivery:
-    """The delivery of a row. Two customers of one address, or two rows of one view, would race each other.
+def make_reason(result: CallResult) -> Reason:
+    """Return why a call failed."""
+    no_status = "unexpected error" if result.is_unexpected else "no answer"
+    parts = [result.endpoint, str(result.status or no_status), result.code or ""]
+    brief = " ".join(part for part in parts if part)
+    return Reason(result.endpoint, result.status, result.code, brief, result.reason)
 
-    The fingerprint is a SHA-256 of both payloads and of the `project`, its base URL and API key (contract 7).
+
+def make_call_line(result: CallResult | None) -> CallLine | None:
+    """Return a call's part of a user's line."""
+    if result is None:
+        return None
+    return {
+        "endpoint": result.endpoint,
+        "ok": result.ok,
+        "status": result.status,
+        "code": result.code,
+        "message": result.message,
+        "attempts": result.attempts,
+    }
+
+
+class DeliveryPlanner:
+    """Decides what is to be sent to a user.
+
+    Two customers with one identity, or two rows of one view, would overwrite each
+    other: only the first is sent.
     """
-    delivery = Delivery(number, record.user_id, record.email)
-    try:
-        user, event = api.user_payload(record), api.event_payload(record)
-        email, event_id = delivery.email, delivery.event_id = user["email"], event["id"]
-        delivery.user, delivery.event = api.compact_json(user), api.compact_json(event)
-        delivery.fingerprint = hashlib.sha256(f"{delivery.user} {delivery.event} {project}".encode()).hexdigest()
-        if email in seen:
-            raise ValueError(f"customer {seen[email]} has the same address: merge the two")
-        if event_id in seen:
-            raise ValueError(f"customer {seen[event_id]} has the same page view: make page_views.id unique")
-        seen[email] = seen[event_id] = delivery.user_id
-    except ValueError as problem:
-        delivery.problem = str(problem)
-    return delivery
 
+    def __init__(self, settings: Settings, memory: Memory, options: Options) -> None:
+        self._identify_by = settings.iterable_identify_by
+        # Part of each fingerprint: with another project or key, all are sent again.
+        self._project = f"{settings.iterable_api_base_url} {settings.iterable_api_key}"
+        self._memory = memory
+        self._options = options
+        self._customer_by_identity: dict[str, int | str | None] = {}
+        self._customer_by_event: dict[str, int | str | None] = {}
 
-# Sending
-
-
-class Stop(threading.Event):
-    """Set when no new user may start. The first reason for it is how the run ends, in the words of contract 7."""
-
-    outcome, exit_code, why = "completed", SUCCESS, ""
-    sending = False  # while it is False, a signal ends the process at once
-
-    def ask(self, outcome: str, exit_code: int, why: str) -> None:
-        if not self.why:
-            self.outcome, self.exit_code, self.why = outcome, exit_code, why
-        self.set()
-
-
-def listen_for_signals() -> Stop:
-    """The first SIGINT, SIGTERM or SIGHUP while users are sent asks for a stop, any other ends the process at once.
-
-    A thread waits for them: no line of the program is interrupted, and none that blocks in C delays them.
-    """
-    stop = Stop()
-    every = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
-    signals = {one for one in every if signal.getsignal(one) != signal.SIG_IGN}  # nohup's and a script's stay ignored
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # threads that start later inherit it
-
-    def listen() -> None:
-        received = signal.sigwait(signals)
-        if stop.sending:
-            stop.ask("interrupted", 128 + received, f"Stopped by {signal.Signals(received).name}")
-            received = signal.sigwait(signals)
-        os._exit(128 + received)  # without a word: the console may block, or the log
-
-    threading.Thread(target=listen, daemon=True).start()
-    return stop
-
-
-def send(group: list[Delivery], client: IterableClient) -> list[Delivery]:
-    """Both calls of a group, as far as they are still to be made. Runs in many threads."""
-    updated = client.post(api.USERS_UPDATE, {each.email: each.user for each in group if not each.users_update})
-    for each in group:
-        each.users_update = each.users_update or updated.get(each.email)
-    events = {each.email: each.event for each in group if each.users_update and not each.users_update.forgotten}
-    tracked = client.post(api.EVENTS_TRACK, events)
-    for each in group:
-        each.events_track = tracked.get(each.email)
-    return group
-
-
-def to_send(records: deque[Record], project: str, report: Report, collect: Callable[[int], None]) -> Iterator[Delivery]:
-    """The deliveries to be sent, until a stop; the others are put on record. Uses up the records."""
-    seen: dict[str, Any] = {}  # addresses and event ids: only an address has an @
-    while records and not report.stop.is_set():
-        delivery = prepare(report.total - len(records) + 1, records[0], project, seen)
-        if delivery.fingerprint and report.memory.get(str(delivery.user_id)) == delivery.fingerprint:
-            delivery.without_calls = "unchanged"
-        elif report.options.dry_run:
-            delivery.without_calls = "would_send"
-        report.open[delivery.record] = delivery
-        records.popleft()
-        if delivery.status == "not_attempted":
-            yield delivery
-        else:
-            report.record(delivery)
-            collect(report.total + 1)  # no wait: who is done by now, for many may be left out between two
-
-
-def deliver(records: deque[Record], client: IterableClient, settings: Settings, report: Report) -> None:
-    """Send and record everybody, or give up when that is of no use: the rest is then recorded as not attempted."""
-    size, most = (api.MOST_ITEMS, MOST_IN_FLIGHT) if report.options.bulk else (1, 2 * settings.max_workers)
-    project = f"{settings.iterable_api_base_url} {settings.iterable_api_key}"
-    done: queue.SimpleQueue[Future[list[Delivery]]] = queue.SimpleQueue()
-
-    def begin(group: list[Delivery]) -> None:
-        """Hand the group to a thread. Raises OSError where there is no room for one."""
-        mmap.mmap(-1, ROOM, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
-        threads.submit(send, group, client).add_done_callback(done.put)
-
-    def collect(limit: int) -> None:
-        """Record who is done, until fewer than `limit` users are open. Whom a group left open is sent alone."""
-        while len(report.open) >= limit or not done.empty():
-            report.progress()
-            with contextlib.suppress(queue.Empty):
-                group = done.get(timeout=0.1).result()
-                for each in group:
-                    if each.events_track or len(group) == 1:
-                        report.record(each)
-                    else:
-                        begin([each])
-            if why := client.refused or ("" if report.stop.is_set() else report.hopeless):
-                client.halted.set()
-                report.stop.ask("aborted", GIVEN_UP, why)
-
-    with ThreadPoolExecutor(settings.max_workers) as threads:
+    def plan(self, delivery: Delivery, user: PageViewRow | Leaver) -> None:
+        """Fill in a delivery that has its number and the user's facts only."""
+        if isinstance(user, Leaver):
+            identity = Identity(self._identify_by, user.identity)
+            self._decide(delivery, identity, make_reset_payload(identity), None)
+            return
         try:
-            for group in api.in_groups(to_send(records, project, report, collect), size):
-                begin(group)
-                collect(most)
-            collect(1)
-        except Exception as error:  # of any kind: who was told goes on record all the same
-            log.critical("Unexpected error", exc_info=error, extra=FILE_ONLY)
-            advice = "see the log file; if memory or threads ran out, lower MAX_WORKERS, or raise ulimit -v or -u"
-            report.stop.ask("aborted", NOT_ALL, f"unexpected error {error!r}: {advice}")
-    for delivery in list(report.open.values()):
-        report.record(delivery)
-    for number, record in enumerate(records, report.total - len(records) + 1):
-        report.record(Delivery(number, record.user_id, record.email))
+            self._plan_row(delivery, user)
+        except UnusableRow as problem:
+            delivery.problem = problem
+
+    def _plan_row(self, delivery: Delivery, row: PageViewRow) -> None:
+        columns = row._asdict()
+        identity = identify(columns, self._identify_by)
+        update = make_user_payload(columns, identity)
+        event = make_event_payload(columns, identity)
+        delivery.email = normalize_email(row.email) or None
+        delivery.event_id = event["id"]
+        self._claim(identity, event["id"], row.user_id)
+        self._decide(delivery, identity, update, event)
+
+    def _claim(
+        self, identity: Identity, event_id: str, user_id: int | str | None
+    ) -> None:
+        """Take an identity and an event ID for a customer.
+
+        Raises UnusableRow if another customer has one of them.
+        """
+        if identity.value in self._customer_by_identity:
+            other = self._customer_by_identity[identity.value]
+            if identity.identify_by is IdentifyBy.USER_ID:
+                problem = UnusableRow("it has two rows", "make customers.id unique")
+            else:
+                clash = f"customer {other} has the same address"
+                problem = UnusableRow(clash, "merge the two")
+            raise problem
+        if event_id in self._customer_by_event:
+            other = self._customer_by_event[event_id]
+            clash = f"customer {other} has the same page view"
+            raise UnusableRow(clash, "make page_views.id unique")
+        self._customer_by_identity[identity.value] = user_id
+        self._customer_by_event[event_id] = user_id
+
+    def _decide(
+        self,
+        delivery: Delivery,
+        identity: Identity,
+        update: dict[str, Any],
+        event: dict[str, Any] | None,
+    ) -> None:
+        """Make the calls, or none if they were delivered already, or in a dry run."""
+        update_call = Call(USERS_UPDATE, identity, to_compact_json(update))
+        event_call = None
+        if event is not None:
+            event_call = Call(EVENTS_TRACK, identity, to_compact_json(event))
+        calls = UserCalls(delivery.number, update_call, event_call)
+        event_json = "" if event_call is None else event_call.payload
+        content = f"{update_call.payload} {event_json} {self._project}"
+        fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        delivery.fingerprint = fingerprint
+        is_delivered = self._memory.has_delivered(delivery.user_id, fingerprint)
+        if is_delivered and self._options.changed_only:
+            delivery.skipped_as = Status.UNCHANGED
+        elif self._options.dry_run:
+            delivery.skipped_as = Status.WOULD_SEND
+            delivery.payloads = {"users_update": update, "events_track": event}
+        else:
+            delivery.calls = calls
 
 
-# Reporting
+# Recording and reporting
 
-WORDS = {  # for each status: those of a user's line, if there is one, and those of the summary
-    "would_send": ("", "Would send"),
-    "success": ("✓ Successfully processed user", "✓ Successful (both API calls)"),
-    "partial_failure": ("⚠ Partially processed user", "⚠ Partial failures (one call failed)"),
-    "total_failure": ("✗ Failed user", "✗ Total failures (both calls failed)"),
-    "forgotten": ("Forgotten at the user's own request, so not told", "Forgotten at their own request"),
-    "unchanged": ("", "Unchanged since they were delivered, not sent again"),
-    "not_attempted": ("", "Not attempted"),
+# More users than this: the console shows progress in place of a line for each success.
+MANY_USERS = 100
+# More users than this: a run without --bulk says how long it will take.
+LARGE_RUN = 5000
+PROGRESS_SECONDS = 2.0  # between two lines of progress
+MAX_SHOWN_FAILURES = 20  # on the console, of many users
+MAX_SHOWN_REASONS = 10  # in the summary
+MAX_SHOWN_PAYLOADS = 3  # users of a dry run
+MAX_SHOWN_NAME = 320  # characters of an address, the most that one has
+
+# How the console names what became of a user. The others have no line.
+LINE_WORDS = {
+    Status.SUCCESS: "✓ Successfully processed user",
+    Status.PARTIAL_FAILURE: "⚠ Partially processed user",
+    Status.TOTAL_FAILURE: "✗ Failed user",
+    Status.FORGOTTEN: "Forgotten at the user's own request, so not sent",
+    Status.RESET: "✓ Left the segment, recent_page_view reset",
+}
+SUMMARY_WORDS = {
+    Status.SUCCESS: "✓ Successful (both API calls)",
+    Status.PARTIAL_FAILURE: "⚠ Partial failures (one call failed)",
+    Status.TOTAL_FAILURE: "✗ Total failures (both calls failed)",
+    Status.FORGOTTEN: "Forgotten at their own request",
+    Status.RESET: "Left the segment, recent_page_view reset",
+    Status.UNCHANGED: "Unchanged since they were delivered, not sent again",
+    Status.NOT_ATTEMPTED: "Not attempted",
+}
+DRY_RUN_WORDS = {
+    Status.WOULD_SEND: "Would send",
+    Status.TOTAL_FAILURE: "Cannot be sent",
+    Status.UNCHANGED: SUMMARY_WORDS[Status.UNCHANGED],
+    Status.NOT_ATTEMPTED: SUMMARY_WORDS[Status.NOT_ATTEMPTED],
+}
+ALWAYS_IN_SUMMARY = {
+    Status.SUCCESS,
+    Status.PARTIAL_FAILURE,
+    Status.TOTAL_FAILURE,
+    Status.WOULD_SEND,
 }
 
 
-class Report:
-    """What becomes of the users: counted, on record, and told in the order of the records (contract 6 and 7)."""
+class Ending(NamedTuple):
+    """How a run ended: for the results file, for the process and for the console.
 
-    def __init__(
-        self, total: int, options: argparse.Namespace, memory: Mapping[Any, str], results: ResultsFile, stop: Stop
-    ) -> None:
-        self.total, self.options, self.memory, self.results, self.stop = total, options, memory, results, stop
-        self.open: dict[int, Delivery] = {}  # not yet on record
-        self.counts: Counter[str] = Counter()  # by status
-        self.hopeless = ""  # why the run is to be given up
-        self.failures = self._unusable_in_a_row = self._last_told = self._new_failures = 0
-        self._news, self._hidden = Counter[Reason](), Counter[Reason]()  # each with the number of users
-        self._untold: dict[int, Delivery] = {}
-        self._began = self._last_progress = time.monotonic()
+    `why` is empty for a run that was not ended early.
+    """
 
-    def record(self, delivery: Delivery) -> None:
-        """Put a user on record who is done, and tell whose turn it is."""
-        line = delivery.as_line()
-        status, text = line["status"], logger_config.to_json(line)
-        if status == "would_send":
-            payloads = f'{{"users_update": {delivery.user}, "events_track": {delivery.event}}}'
-            text = f'{text[:-1]}, "payloads": {payloads}}}'
-        try:
-            if status != "unchanged":
-                self.results.add(text, at_once=delivery.users_update is not None)
-        except OSError as error:
-            self.stop.ask("aborted", NOT_ALL, str(error))
-        self.open.pop(delivery.record, None)
-        self.counts[status] += 1
-        if delivery.users_update:
-            self._unusable_in_a_row = 0 if any(call.usable for call in delivery.calls) else self._unusable_in_a_row + 1
-            if self._unusable_in_a_row == UNUSABLE_IN_A_ROW:
-                self.hopeless = f"{UNUSABLE_IN_A_ROW} users in a row got no usable answer"
-        if status.endswith("failure"):
-            self.failures += 1
-            known = self.memory.get(str(delivery.user_id)) == logger_config.verdict(line)
-            delivery.hidden = self.options.quiet and known
-            once = {reason.message: reason for reason in reversed(delivery.reasons)}  # of both calls, the first
-            (self._hidden if delivery.hidden else self._news).update(once.values())
-        self._untold[delivery.record] = delivery
-        while ready := self._untold.pop(self._last_told + 1, None):
-            self._last_told += 1
-            self._tell(ready)
-        self.progress()
+    outcome: str
+    exit_code: int
+    why: str
 
-    def _tell(self, delivery: Delivery) -> None:
-        """Above MANY users the console has progress and the first failures, and the log one line a success."""
-        many, status = self.total > MANY, delivery.status
-        failed = status.endswith("failure")
-        level = logging.ERROR if failed else logging.INFO
-        if status == "would_send" and self.counts[status] <= SHOWN_PAYLOADS:
-            log.info("users/update %s", logger_config.to_json(json.loads(delivery.user)))
-            log.info("events/track %s", logger_config.to_json(json.loads(delivery.event)))
-        if not WORDS[status][0]:
-            return
-        who = str(delivery.email or "").strip()[:320] or f"customer {delivery.user_id}"
-        place = f"record {delivery.record}/{self.total}"
-        self._new_failures += failed and not delivery.hidden
-        file_only = delivery.hidden or (many and (not failed or self._new_failures > SHOWN_FAILURES))
-        extra = FILE_ONLY if file_only else {}
-        if not many:
-            log.info("", extra=extra)
-            log.info("Processing record %d/%d", delivery.record, self.total, extra=extra)
-        for call in () if many and status == "success" else delivery.calls:
-            log.log(logging.INFO if call.ok else level, "%s (%s, %s)", call.headline, place, who, extra=FILE_ONLY)
-            if not call.ok:
-                answer = " ".join((call.body or call.message).split())  # once redacted: a secret may hold blanks
-                log.log(level, "Response: %s", answer, extra=FILE_ONLY)
-        where = f" ({place})" if many else ""
-        why = f": {', '.join(reason.short for reason in delivery.reasons)}" if failed else ""
-        log.log(level, "%s: %s%s%s", WORDS[status][0], who, where, why, extra=extra)
 
-    def progress(self) -> None:
-        """A line every 2 seconds in a long run."""
-        now = time.monotonic()
-        if self.total > MANY and now - self._last_progress >= 2 and not self.stop.is_set():
-            self._last_progress = now
-            done = self.counts.total()
-            speed = done / (now - self._began)
-            left = f"{(self.total - done) / speed:.0f} s left" if speed else "nobody done yet"
-            text = "Progress: %d/%d (%d %%), %.1f users/s, %s, failures: %d"
-            log.info(text, done, self.total, 100 * done // self.total, speed, left, self.failures)
+class Tally:
+    """Counts what became of the users of a run."""
 
-    def finish(self, client: IterableClient) -> int:
-        """Complete the results file and tell the summary (contract 6 and 7); returns the exit code."""
-        counts, seconds = self.counts, round(time.monotonic() - self._began, 3)
-        done = counts["success"] + self.failures + counts["forgotten"]
-        speed = round(done / seconds, 1) if seconds else 0.0
-        exit_code = NOT_ALL if self.failures else SUCCESS
-        numbers = {status.replace("failure", "failures"): counts[status] for status in WORDS}
-        numbers["not_attempted"] += numbers.pop("would_send")  # for which contract 7 has no key
-        reasons = (self._news + self._hidden).most_common()
-        summary = {
-            "outcome": self.stop.outcome,
-            "exit_code": self.stop.exit_code or exit_code,
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.counts: Counter[Status] = Counter()
+        #: The number of users for each reason of failure, apart for known failures.
+        self.new_reasons: Counter[Reason] = Counter()
+        self.known_reasons: Counter[Reason] = Counter()
+        self._began = time.monotonic()
+
+    @property
+    def failures(self) -> int:
+        """How many users failed."""
+        return sum(self.counts[status] for status in Status if status.is_failure)
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken so far."""
+        return time.monotonic() - self._began
+
+    def count(self, delivery: Delivery) -> None:
+        """Count a user. Two calls that failed for the same reason count once."""
+        self.counts[delivery.status] += 1
+        reasons: dict[str, Reason] = {}
+        for reason in delivery.reasons:
+            reasons.setdefault(reason.advice, reason)
+        counter = self.known_reasons if delivery.is_known else self.new_reasons
+        counter.update(reasons.values())
+
+    def compute_speed(self, seconds: float) -> float:
+        """Return the users a second, without those who were skipped or never tried."""
+        statuses = (Status.SUCCESS, Status.FORGOTTEN, Status.RESET)
+        done = self.failures + sum(self.counts[status] for status in statuses)
+        return round(done / seconds, 1) if seconds else 0.0
+
+    def make_summary(
+        self, ending: Ending, client: IterableClient, seconds: float
+    ) -> dict[str, Any]:
+        """Return the summary of the results file."""
+        counts = self.counts
+        reasons = self.new_reasons + self.known_reasons
+        return {
+            "outcome": ending.outcome,
+            "exit_code": ending.exit_code,
             "total_users": self.total,
-            **numbers,
-            "calls": len(client.attempts),
-            "retries": len(client.attempts) - client.attempts.count(1),
+            "success": counts[Status.SUCCESS],
+            "partial_failures": counts[Status.PARTIAL_FAILURE],
+            "total_failures": counts[Status.TOTAL_FAILURE],
+            "forgotten": counts[Status.FORGOTTEN],
+            "reset": counts[Status.RESET],
+            "unchanged": counts[Status.UNCHANGED],
+            # A dry run attempts nobody.
+            "not_attempted": counts[Status.NOT_ATTEMPTED] + counts[Status.WOULD_SEND],
+            "calls": client.attempts_made,
+            "retries": client.retries_made,
             "duration_seconds": seconds,
-            "users_per_second": speed,
-            "failure_reasons": [{**reason._asdict(), "count": count} for reason, count in reasons],
+            "users_per_second": self.compute_speed(seconds),
+            "failure_reasons": [
+                {
+                    "endpoint": reason.endpoint,
+                    "status": reason.status,
+                    "code": reason.code,
+                    "message": reason.advice,
+                    "count": count,
+                }
+                for reason, count in reasons.most_common()
+            ],
         }
-        try:
-            self.results.finish(summary)
-        except OSError as error:
-            self.stop.ask("aborted", NOT_ALL, str(error))
-        self._tell_summary(seconds, speed)
-        return self.stop.exit_code or exit_code
 
-    def _tell_summary(self, seconds: float, speed: float) -> None:
-        """Under --quiet only when something is wrong that no earlier run has told."""
-        if why := self.stop.why:
-            log.info("")
-            log.error("The run ended early: %s", why)
-        tell = functools.partial(log.log, logging.WARNING if why or self._news else logging.INFO)
-        tell("")
-        tell("INTEGRATION SUMMARY")
-        tell("Total users processed: %d", self.total)
-        words, always = WORDS, {"success", "partial_failure", "total_failure"}
-        if self.options.dry_run:
-            words, always = {**WORDS, "total_failure": ("", "Cannot be sent")}, {"would_send", "total_failure"}
-        for status, (_, counted) in words.items():
-            if status in always or self.counts[status]:
-                tell("%s: %d", counted, self.counts[status])
-        for reasons, extra in ((self._news, {}), (self._hidden, FILE_ONLY)):
-            for reason, count in reasons.most_common(SHOWN_REASONS):
-                texts = [reason.short] * bool(reason.endpoint) + [reason.message] * (reason.message not in why)
-                tell("  %d user%s: %s", count, "s" * (count > 1), ": ".join(texts), extra=extra)
-        if len(self._news) > SHOWN_REASONS:
-            tell("  %d more reasons stand in the results file", len(self._news) - SHOWN_REASONS)
-        tell("Results: %s", self.results.path)
-        tell("Time: %.1f s, %.1f users a second", seconds, speed)
+
+class Narrator:
+    """Says on console and log what happens: users in their order, then the summary."""
+
+    def __init__(self, tally: Tally, *, is_dry_run: bool) -> None:
+        self._tally = tally
+        self._is_dry_run = is_dry_run
+        self._has_many = tally.total > MANY_USERS
+        self._waiting: dict[int, Delivery] = {}  # by number
+        self._next_number = 1
+        self._shown_failures = 0
+        self._shown_payloads = 0
+        self._last_progress = time.monotonic()
+
+    def show(self, delivery: Delivery) -> None:
+        """Show a finished user as soon as all users before are shown."""
+        self._waiting[delivery.number] = delivery
+        while self._next_number in self._waiting:
+            self._show_user(self._waiting.pop(self._next_number))
+            self._next_number += 1
+
+    def _show_user(self, delivery: Delivery) -> None:
+        if delivery.status is Status.WOULD_SEND:
+            self._show_payloads(delivery)
+        if delivery.status not in LINE_WORDS:
+            return
+        is_failure = delivery.status.is_failure
+        if is_failure and not delivery.is_known:
+            self._shown_failures += 1
+        extra = None if self._is_for_console(delivery) else FILE_ONLY
+        level = logging.ERROR if is_failure else logging.INFO
+        total = self._tally.total
+        if not self._has_many:
+            if extra is None:
+                log.info("", extra=CONSOLE_ONLY)
+            log.info("Processing record %d/%d", delivery.number, total, extra=extra)
+        email = str(delivery.email or "").strip()[:MAX_SHOWN_NAME]
+        name = email or f"customer {delivery.user_id}"
+        self._log_calls(delivery, level, name)
+        text = f"{LINE_WORDS[delivery.status]}: {name}"
+        if self._has_many:
+            text += f" (record {delivery.number}/{total})"
+        if is_failure:
+            briefs = ", ".join(reason.brief for reason in delivery.reasons)
+            text += f": {briefs}"
+        log.log(level, "%s", text, extra=extra)
+
+    def _is_for_console(self, delivery: Delivery) -> bool:
+        if delivery.is_known:
+            return False
+        if not self._has_many:
+            return True
+        return delivery.status.is_failure and self._shown_failures <= MAX_SHOWN_FAILURES
+
+    def _log_calls(self, delivery: Delivery, level: int, name: str) -> None:
+        """Write the calls of a user to the log file, with the answer to a failed one.
+
+        Of many users, a success has one line only.
+        """
+        if self._has_many and delivery.status is Status.SUCCESS:
+            return
+        place = f"record {delivery.number}/{self._tally.total}"
+        for result in delivery.results:
+            call_level = logging.INFO if result.ok else level
+            log.log(
+                call_level, "%s (%s, %s)", result.headline, place, name, extra=FILE_ONLY
+            )
+            if not result.ok:
+                answer = " ".join((result.body or result.message).split())
+                log.log(level, "Response: %s", answer, extra=FILE_ONLY)
+
+    def _show_payloads(self, delivery: Delivery) -> None:
+        self._shown_payloads += 1
+        if self._shown_payloads > MAX_SHOWN_PAYLOADS:
+            return
+        for name, payload in (delivery.payloads or {}).items():
+            if payload is not None:
+                log.info("%s %s", name.replace("_", "/"), to_json(payload))
+
+    def show_progress(self) -> None:
+        """Show how far a long run is, about every two seconds."""
+        now = time.monotonic()
+        if not self._has_many or now - self._last_progress < PROGRESS_SECONDS:
+            return
+        self._last_progress = now
+        total = self._tally.total
+        done = self._tally.counts.total()
+        speed = done / self._tally.seconds
+        left = f"{(total - done) / speed:.0f} s left" if speed else "nobody done yet"
+        log.info(
+            "Progress: %d/%d (%d %%), %.1f users/s, %s, failures: %d",
+            done,
+            total,
+            100 * done // total,
+            speed,
+            left,
+            self._tally.failures,
+            extra=PROGRESS,
+        )
+
+    def show_summary(self, ending: Ending, results: Path, seconds: float) -> None:
+        """Show the end of the run; under --quiet, when something is new and wrong."""
+        tally = self._tally
+        is_news = bool(ending.why or tally.new_reasons)
+        level = logging.WARNING if is_news else logging.INFO
+        log.log(level, "", extra=CONSOLE_ONLY)
+        if ending.why:
+            log.error("The run ended early: %s", ending.why)
+        log.log(level, "INTEGRATION SUMMARY")
+        log.log(level, "Total users processed: %d", tally.total)
+        words = DRY_RUN_WORDS if self._is_dry_run else SUMMARY_WORDS
+        for status, text in words.items():
+            count = tally.counts[status]
+            if count or status in ALWAYS_IN_SUMMARY:
+                log.log(level, "%s: %d", text, count)
+        self._show_reasons(tally.new_reasons, level, ending, None)
+        self._show_reasons(tally.known_reasons, level, ending, FILE_ONLY)
+        log.log(level, "Results: %s", results)
+        speed = tally.compute_speed(seconds)
+        log.log(level, "Time: %.1f s, %.1f users a second", seconds, speed)
+
+    def _show_reasons(
+        self,
+        reasons: Counter[Reason],
+        level: int,
+        ending: Ending,
+        extra: dict[str, str] | None,
+    ) -> None:
+        for reason, count in reasons.most_common(MAX_SHOWN_REASONS):
+            users = "1 user" if count == 1 else f"{count} users"
+            text = reason.brief
+            if reason.endpoint is None:
+                text = reason.advice  # which begins with what the brief says
+            elif reason.advice not in ending.why:
+                text = f"{reason.brief}: {reason.advice}"
+            log.log(level, "  %s: %s", users, text, extra=extra)
+        hidden = len(reasons) - MAX_SHOWN_REASONS
+        if hidden > 0:
+            text = "  %d more reasons stand in the results file"
+            log.log(level, text, hidden, extra=extra)
 
 
 # The run
 
 
-def run_integration(settings: Settings, options: argparse.Namespace, stop: Stop) -> int:
-    """One run, from the rows to the results file; returns the exit code (contract 3).
+class DeliveryRun:
+    """Sends the users of a run, and records each of them once.
 
-    Raises DatabaseError, BlockingIOError for a folder in use, OSError for a useless setting. Nothing was sent then.
+    It belongs to the main thread, which alone writes results and console, and counts.
+    The sender's workers only make calls.
     """
-    with lock_folder(settings.results_dir):
-        log.info("[STEP 2] Connecting to database...")
-        with database_connection(settings) as database:
-            log.info("[STEP 3] Executing Phase 2 Query 2...")
-            rows = database.read_records(read_query(QUERIES, "query_2"))
-        log.info("Found %d pro user(s) with recent engagement", len(rows))
-        if len(rows) < (options.at_least or 0):
-            raise DatabaseError(f"Nothing is sent: {len(rows)} users found, fewer than --at-least {options.at_least}")
-        records = deque(rows[: options.limit])
-        del rows  # or this list would keep each until the end
-        gc.freeze()  # the rows are no garbage; to look through them again and again would stop every thread
+
+    def __init__(
+        self,
+        *,
+        client: IterableClient,
+        results: ResultsFile,
+        memory: Memory,
+        total: int,
+        options: Options,
+    ) -> None:
+        self.tally = Tally(total)
+        self._client = client
+        self._control = client.control
+        self._results = results
+        self._memory = memory
+        self._is_bulk = options.bulk
+        self._hides_known = options.quiet and options.changed_only
+        self._narrator = Narrator(self.tally, is_dry_run=options.dry_run)
+        self._unrecorded: dict[int, Delivery] = {}  # by number
+
+    def send(self, deliveries: Iterator[Delivery]) -> None:
+        """Send and record all users, or record them as not attempted.
+
+        An error ends the run. What was delivered by then is recorded all the same.
+        """
+        with self._client.sender(self._announce, bulk=self._is_bulk) as sender:
+            try:
+                self._send_with(sender, deliveries)
+            except Exception as error:  # noqa: BLE001 - every user goes on record
+                self._control.end(explain_ending(error))
+        # There are none of either, unless an error came.
+        for delivery in list(self._unrecorded.values()):
+            self._record(delivery)
+        for delivery in deliveries:
+            self._record(delivery)
+
+    def _send_with(self, sender: Sender, deliveries: Iterator[Delivery]) -> None:
+        # When the run is ending, the rest of the deliveries comes without calls, and so
+        # is recorded here as not attempted.
+        for delivery in deliveries:
+            self._unrecorded[delivery.number] = delivery
+            if delivery.calls is not None:
+                sender.submit(delivery.calls)
+            else:
+                self._record(delivery)
+            self._record_finished(sender)
+            while sender.is_full:
+                self._record_finished(sender, wait=0.1)
+        sender.flush()  # a last group that is not full
+        while not sender.is_idle:
+            self._record_finished(sender, wait=0.1)
+
+    def _announce(self, users: Iterable[UserCalls]) -> None:
+        """Put on record that these users are about to be sent.
+
+        The sender calls this in `submit` and `flush`, so it is the main thread that
+        writes. After kill -9 the next run knows by it who may have been updated.
+        """
+        self._results.announce(
+            (self._unrecorded[user.number].user_id, user.update.identity.value)
+            for user in users
+        )
+
+    def _record_finished(self, sender: Sender, wait: float = 0.0) -> None:
+        """Record the users who are finished; wait up to so many seconds for one."""
+        for user in sender.collect(wait):
+            self._record(self._unrecorded[user.number])
+        self._narrator.show_progress()
+
+    def _record(self, delivery: Delivery) -> None:
+        line = delivery.make_line()
+        if self._hides_known and delivery.status.is_failure:
+            delivery.is_known = self._memory.knows_failure(line)
+        if delivery.status is not Status.UNCHANGED:
+            try:
+                self._results.add(line, sent=bool(delivery.results))
+            except ResultsNotWritable as error:
+                self._control.end(error)
+        self._unrecorded.pop(delivery.number, None)
+        self.tally.count(delivery)
+        self._narrator.show(delivery)
+
+    def finish(self) -> int:
+        """Complete the results file, show the summary and return the exit code."""
+        seconds = round(self.tally.seconds, 3)
+        ending = make_ending(self._control.close(), self.tally.failures)
+        summary = self.tally.make_summary(ending, self._client, seconds)
+        try:
+            self._results.finish(summary)
+        except ResultsNotWritable as error:
+            ending = make_ending(error, self.tally.failures)
+        self._narrator.show_summary(ending, self._results.path, seconds)
+        return ending.exit_code
+
+
+def explain_ending(error: Exception) -> Exception:
+    """Return the error to end a run with. One that nobody foresaw is logged."""
+    if isinstance(error, KNOWN_ERRORS) and str(error):
+        return error
+    log.critical("Unexpected error", exc_info=error, extra=FILE_ONLY)
+    if isinstance(error, MemoryError):
+        return UnexpectedError("out of memory: raise ulimit -v, or lower MAX_WORKERS")
+    return UnexpectedError(f"unexpected error {error!r}: see the log file")
+
+
+def make_ending(error: Exception | None, failures: int) -> Ending:
+    """Return how a run ends that this error ended early, if it did."""
+    if error is None:
+        exit_code = ExitCode.NOT_ALL_DELIVERED if failures else ExitCode.SUCCESS
+        return Ending("completed", exit_code, "")
+    outcome = "interrupted" if isinstance(error, Interrupted) else "aborted"
+    return Ending(outcome, find_exit_code(error), str(error))
+
+
+def plan_deliveries(
+    planner: DeliveryPlanner,
+    users: deque[PageViewRow | Leaver],
+    control: RunControl,
+) -> Iterator[Delivery]:
+    """Yield a delivery for each user. When the run is ending, they come without calls.
+
+    Uses up the users, so their memory is free while the rest is sent.
+    """
+    number = 0
+    while users:
+        number += 1
+        user = users.popleft()
+        delivery = Delivery(number, user.user_id, user.email)
+        if not control.no_new_users.is_set():
+            try:
+                planner.plan(delivery, user)
+            except Exception as error:  # noqa: BLE001 - every user goes on record
+                control.end(explain_ending(error))
+        yield delivery
+
+
+def run_integration(
+    settings: Settings,
+    options: Options,
+    control: RunControl,
+    stops_in_order: threading.Event,
+) -> int:
+    """Run once, from the rows to the results file, and return the exit code.
+
+    `stops_in_order` is set before the first user is sent: see `listen_for_signals`.
+    Raises the errors of EXIT_CODES; nothing was sent then.
+    """
+    with ResultsFolder(settings.results_dir) as folder:
+        memory = folder.read_memory(
+            iterable=settings.iterable_api_base_url,
+            identify_by=settings.iterable_identify_by.value,
+            for_changes=options.changed_only,
+            for_resets=options.reset_left,
+        )
+        rows, leavers = read_database(settings, options, memory)
         log.info("[STEP 4] Initializing Iterable API client...")
-        client = iterable_client(settings, stop)
+        client = build_client(settings, control)
         log.info("[STEP 5] Processing user records...")
-        memory = read_memory(settings.results_dir) if options.changed_only else {}
-        if len(records) > LARGE and not options.bulk:
-            singly, in_bulk = (client.cost(len(records), bulk=bulk)[1] for bulk in (False, True))
-            log.info("%d users take %.0f s or more; with --bulk %.0f s or more", len(records), singly, in_bulk)
-        sys.setswitchinterval(0.0005)  # or a busy thread holds up each step of a call by 5 ms, and so its arrival
-        stop.sending = True
-        place = {"database": f"{settings.db_name} on {settings.db_host}", "iterable": settings.iterable_api_base_url}
-        run = {"mode": "dry-run" if options.dry_run else "send", **place, "options": vars(options)}
-        results = ResultsFile(settings.results_dir, run, datetime.now().astimezone())
-        report = Report(len(records), options, memory, results, stop)
-        deliver(records, client, settings, report)
+        users: deque[PageViewRow | Leaver] = deque(rows)
+        users += leavers
+        del rows
+        if len(users) > LARGE_RUN and not options.bulk:
+            show_duration(client, len(users))
+        tune_interpreter()
+        stops_in_order.set()
+        results = folder.create_results_file(
+            describe_run(settings, options), datetime.now().astimezone()
+        )
+        run = DeliveryRun(
+            client=client,
+            results=results,
+            memory=memory,
+            total=len(users),
+            options=options,
+        )
+        planner = DeliveryPlanner(settings, memory, options)
+        run.send(plan_deliveries(planner, users, control))
         if options.dry_run:
-            calls, seconds = client.cost(report.counts["would_send"], bulk=options.bulk)
-            log.info("Dry run, nothing was sent. A run would make %d calls, in %.1f s or more", calls, seconds)
-        return report.finish(client)
+            show_cost(client, run.tally, len(leavers), bulk=options.bulk)
+        return run.finish()
 
 
-def database_connection(s: Settings) -> DatabaseConnection:
-    return DatabaseConnection(s.db_host, s.db_port, s.db_user, s.db_password, s.db_name, s.db_ssl_ca)
+def read_database(
+    settings: Settings, options: Options, memory: Memory
+) -> tuple[list[PageViewRow], list[Leaver]]:
+    """Return the rows of Query 2, and the users to be reset.
+
+    Raises DatabaseError, QueryFileError, TooFewUsers.
+    """
+    log.info("[STEP 2] Connecting to database...")
+    with make_connection(settings) as database:
+        log.info("[STEP 3] Executing Phase 2 Query 2...")
+        database.check_columns(read_query(QUERIES, "columns"))
+        rows = database.read_page_views(read_query(QUERIES, "query_2"))
+        log.info("Found %d pro user(s) with recent engagement", len(rows))
+        if options.at_least is not None and len(rows) < options.at_least:
+            raise TooFewUsers(
+                f"Nothing is sent: {len(rows)} users found,"
+                f" fewer than --at-least {options.at_least}"
+            )
+        leavers: list[Leaver] = []
+        if options.reset_left:
+            leavers = find_leavers(database, settings, memory, rows)
+            log.info("Found %d user(s) who left the segment", len(leavers))
+        return rows[: options.limit], leavers
 
 
-def iterable_client(s: Settings, stop: Stop) -> IterableClient:
-    rate, timeout, retry = s.iterable_rate_limit, s.iterable_timeout, api.RetryPolicy(s.iterable_max_attempts)
-    client = IterableClient(s.iterable_api_base_url, s.iterable_api_key, rate, timeout, s.max_workers, retry, stop)
-    client.redact = redactor(s.iterable_api_key, s.db_password)
-    return client
+def find_leavers(
+    database: DatabaseConnection,
+    settings: Settings,
+    memory: Memory,
+    rows: Iterable[PageViewRow],
+) -> list[Leaver]:
+    """Return the users who were updated, are in no row, and are still customers.
+
+    Deleted customers and old addresses are left alone: users/update would create a
+    profile that somebody removed.
+    """
+    identify_by = settings.iterable_identify_by
+    present = set()
+    for row in rows:
+        with contextlib.suppress(UnusableRow):
+            present.add(identify(row._asdict(), identify_by).value)
+    candidates = memory.users_left(present)
+    emails = database.find_customers(
+        read_query(QUERIES, "customers_by_id"), [user.user_id for user in candidates]
+    )
+    leavers = []
+    for user in candidates:
+        customer = str(user.user_id)
+        email = emails.get(customer)
+        identity = customer
+        if identify_by is IdentifyBy.EMAIL:
+            identity = normalize_email(email)
+        if customer in emails and identity == user.identity:
+            email = normalize_email(email) or None
+            leavers.append(Leaver(user.user_id, identity, email))
+    return leavers
+
+
+def make_connection(settings: Settings) -> DatabaseConnection:
+    """Return a connection to the database; a `with` block opens it."""
+    return DatabaseConnection(
+        host=settings.db_host,
+        port=settings.db_port,
+        user=settings.db_user,
+        password=settings.db_password,
+        database=settings.db_name,
+        ssl_ca=settings.db_ssl_ca,
+    )
+
+
+def build_client(settings: Settings, control: RunControl) -> IterableClient:
+    """Return the client for the project. Raises NetworkSettingsError."""
+    return IterableClient(
+        settings.iterable_api_base_url,
+        settings.iterable_api_key,
+        rate=settings.iterable_rate_limit,
+        timeout=settings.iterable_timeout,
+        workers=limit_workers(settings.max_workers),
+        retry=RetryPolicy(settings.iterable_max_attempts),
+        control=control,
+        redact=build_redactor(settings.iterable_api_key, settings.db_password),
+    )
+
+
+def describe_run(settings: Settings, options: Options) -> dict[str, Any]:
+    """Return the head of the results file."""
+    return {
+        "mode": "dry-run" if options.dry_run else "send",
+        "database": f"{settings.db_name} on {settings.db_host}",
+        "iterable": settings.iterable_api_base_url,
+        "identify_by": settings.iterable_identify_by.value,
+        "options": vars(options),
+    }
+
+
+def show_duration(client: IterableClient, users: int) -> None:
+    """Say how long a large run takes singly, and in bulk."""
+    singly = client.estimate_seconds(users, bulk=False)
+    in_bulk = client.estimate_seconds(users, bulk=True)
+    log.info(
+        "%d users take %.0f s or more; with --bulk %.0f s or more",
+        users,
+        singly,
+        in_bulk,
+    )
+
+
+def show_cost(client: IterableClient, tally: Tally, resets: int, *, bulk: bool) -> None:
+    """Say what a run would cost that is not dry."""
+    updates = tally.counts[Status.WOULD_SEND]
+    events = updates - resets
+    seconds = client.estimate_seconds(updates, bulk=bulk)
+    calls = client.count_calls(updates, events, bulk=bulk)
+    log.info(
+        "Dry run, nothing was sent. A run would make %d calls, in %.1f s or more",
+        calls,
+        seconds,
+    )
+
+
+# The machine
+
+# Open files that a run needs besides the connections to Iterable.
+OTHER_OPEN_FILES = 32
+
+
+def limit_workers(max_workers: int) -> int:
+    """Ask for the open files that are needed; return how many workers they allow."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = max_workers + OTHER_OPEN_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return max_workers
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    except (OSError, ValueError):
+        allowed = soft
+    workers = max(1, min(max_workers, allowed - OTHER_OPEN_FILES))
+    if workers < max_workers:
+        log.info(
+            "⚠ %d calls in flight instead of MAX_WORKERS=%d: this account may open"
+            " %d files only (ulimit -n)",
+            workers,
+            max_workers,
+            allowed,
+        )
+    return workers
+
+
+def tune_interpreter() -> None:
+    """Let the threads of a long run hinder each other less."""
+    # The rows are no garbage. To look through a million of them again and again stops
+    # every thread for seconds.
+    gc.freeze()
+    # With Python's 5 ms a busy thread holds up each step of another one's call by that
+    # much, and the calls arrive bunched: one bulk run in five met a 429.
+    sys.setswitchinterval(0.0005)
+
+
+def listen_for_signals(control: RunControl, stops_in_order: threading.Event) -> None:
+    """Wait in a thread for SIGINT, SIGTERM and SIGHUP.
+
+    Until `stops_in_order` is set, the first one ends the process at once. Afterwards
+    the first one stops the run in order, and the second ends the process. So no line of
+    the program is interrupted, and none that blocks in C delays a signal. Signals that
+    are ignored, as under nohup, stay ignored. Raises NoRoomForThread.
+    """
+    signals = {
+        number
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
+
+    def listen() -> None:
+        received = signal.sigwait(signals)
+        if stops_in_order.is_set():
+            control.end(Interrupted(received))
+            received = signal.sigwait(signals)
+        os._exit(128 + received)  # without a word: console or log may block
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # all later threads inherit it
+    try:
+        threading.Thread(target=listen, daemon=True).start()
+    except RuntimeError as error:
+        raise NoRoomForThread(
+            f"no memory for a thread ({error}): raise ulimit -v or -u"
+        ) from error
 
 
 # The checklist
 
 
-@contextlib.contextmanager
-def item(codes: list[int], words: str) -> Iterator[None]:
-    """A line of the checklist: ✓ if the block ends well, else ✗ and why, and its exit code for `codes`."""
-    try:
-        yield
-        log.info("✓ %s", words)
-    except (OSError, DatabaseError) as error:
-        codes.append(EXIT_CODES.get(type(error), BAD_SETTINGS))
-        log.error("✗ %s: %s", words, error)
+class NotChecked(Exception):
+    """An item of the checklist cannot be looked at. The text says why."""
 
 
-def check(settings: Settings, stop: Stop) -> int:
-    """The deployment checklist: a line an item, and the exit code of the first that fails. Sends no user data."""
-    codes: list[int] = []
-    log.info("✓ Settings are complete")
-    log.info("✓ Log file can be written")  # main has done both
-    with item(codes, "Results folder can be written"):
-        settings.results_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=settings.results_dir) as file:
-            file.write(b"\n")
-    with item(codes, "Database can be reached and is new enough"), database_connection(settings):
-        pass
-    with item(codes, "Tables and columns of the query are there"), database_connection(settings) as database:
-        query = read_query(QUERIES, "query_2")  # no EXPLAIN: an account that may read views only is not allowed it
-        database.execute_query(f"SELECT * FROM ({query}) AS query_2 WHERE FALSE")  # noqa: S608
-    with item(codes, "The latest page view is not in the future"), database_connection(settings) as database:
-        [row] = database.execute_query(read_query(QUERIES, "future_views"))
-        if row["latest"]:
-            raise DatabaseError(f"{row['latest']} is in the future: event_time must be UTC, and not local time")
-    answer = functools.cache(lambda: iterable_client(settings, stop).post(api.USERS_UPDATE, {"": "{}"}).get(""))
-    with item(codes, f"Iterable can be reached at {settings.iterable_api_base_url}"):
-        if (result := answer()) and not result.usable:
-            raise ConnectionError(result.reason)
-    with item(codes, "API key is accepted"):
-        if (result := answer()) and not (result.usable and result.status == 400):
-            raise ConnectionError(result.reason or "Iterable answered a request without a user as if it had one")
-    return codes[0] if codes else SUCCESS
+class Checklist:
+    """The deployment checklist: a line an item.
+
+    It sends no user data. Log file and results folder are made if missing. An item that
+    needs a failed one is not checked, so each cause is shown once.
+    """
+
+    settings: Settings
+    database: DatabaseConnection
+    client: IterableClient
+    key_result: CallResult
+
+    def __init__(self, options: Options, control: RunControl) -> None:
+        self._options = options
+        self._control = control
+        self._until_the_end = contextlib.ExitStack()
+        self._exit_code: int = ExitCode.SUCCESS
+
+    def run(self) -> int:
+        """Check everything, and return the exit code of the first item that fails."""
+        check = self._check
+        with self._until_the_end:
+            ready = check("Settings are complete", self._load_settings)
+            check("Log file can be written", self._open_log_file, needs=ready)
+            check(
+                "Results folder can be written and locked",
+                self._use_folder,
+                needs=ready,
+            )
+            connected = check(
+                "Database can be reached and is new enough", self._connect, needs=ready
+            )
+            selectable = check(
+                "Tables and columns of the query are usable",
+                self._check_columns,
+                needs=connected,
+            )
+            check(
+                "The latest page view is not in the future",
+                self._check_latest_view,
+                needs=selectable,
+            )
+            reached = check("Iterable can be reached", self._call_iterable, needs=ready)
+            accepted = check("API key is accepted", self._check_key, needs=reached)
+            check(
+                "Iterable's user fields have the types that are sent",
+                self._check_fields,
+                needs=accepted,
+            )
+        return self._exit_code
+
+    def _check(
+        self, words: str, action: Callable[[], str], *, needs: bool = True
+    ) -> bool:
+        """Check an item and log its line. Returns whether it is as it should be."""
+        if not needs:
+            log.info("- %s: not checked", words)
+            return False
+        try:
+            finding = action()
+        except NotChecked as reason:
+            log.info("- %s: not checked (%s)", words, reason)
+            return False
+        except KNOWN_ERRORS as error:
+            log.error("✗ %s: %s", words, error)  # noqa: TRY400 - the error's text says all
+            self._exit_code = self._exit_code or find_exit_code(error)
+            return False
+        log.info("✓ %s%s", words, f" ({finding})" if finding else "")
+        return True
+
+    def _load_settings(self) -> str:
+        self.settings = load_settings(self._options)
+        return ""
+
+    def _open_log_file(self) -> str:
+        open_log_file(self.settings, self._options)
+        return str(self.settings.log_file)
+
+    def _use_folder(self) -> str:
+        path = self.settings.results_dir
+        try:
+            with ResultsFolder(path) as folder:
+                folder.check_writable()
+                folder.earlier_runs()
+        except FolderInUse as error:
+            return str(error)  # so it can be locked
+        return str(path)
+
+    def _connect(self) -> str:
+        connection = make_connection(self.settings)
+        self.database = self._until_the_end.enter_context(connection)
+        return self.database.version
+
+    def _check_columns(self) -> str:
+        self.database.check_columns(read_query(QUERIES, "columns"))
+        query = read_query(QUERIES, "query_2")
+        # No EXPLAIN, which an account with rights on SQL views only may not use.
+        self.database.execute_query(f"SELECT * FROM ({query}) AS query_2 WHERE FALSE")  # noqa: S608
+        return ""
+
+    def _check_latest_view(self) -> str:
+        [row] = self.database.execute_query(read_query(QUERIES, "future_views"))
+        if row["latest"] is not None:
+            raise DatabaseError(
+                f"{row['latest']} is in the future: event_time must be UTC,"
+                " and not local time"
+            )
+        return ""
+
+    def _call_iterable(self) -> str:
+        # The call has no user. With a good key Iterable answers 400, else 401.
+        self.client = build_client(self.settings, self._control)
+        self.key_result = self.client.check_key()
+        if not self.key_result.is_usable:
+            raise IterableUnavailable(self.key_result.reason)
+        return self.settings.iterable_api_base_url
+
+    def _check_key(self) -> str:
+        if self.key_result.status != 400:
+            raise KeyRefused(
+                self.key_result.reason
+                or "Iterable answered a request without a user as if it had one"
+            )
+        return ""
+
+    def _check_fields(self) -> str:
+        result = self.client.get_fields()
+        if not isinstance(result, FieldsResult):
+            raise NotChecked(result.reason)
+        sent = dict(USER_FIELD_TYPES)
+        if self.settings.iterable_identify_by is IdentifyBy.USER_ID:
+            sent["email"] = "string"
+        found = dict(result.fields)
+        clashes = [
+            f"{name} is {found[name]} there, and {kind} is sent"
+            for name, kind in sent.items()
+            if found.get(name, kind) != kind
+        ]
+        if clashes:
+            raise CheckFailed(
+                f"{'; '.join(clashes)}: every update would be refused;"
+                " change the type in Iterable, or the name of the field"
+            )
+        missing = [name for name in sent if name not in found]
+        if missing:
+            return f"not there before the first run: {', '.join(missing)}"
+        return ""
 
 
 # The command line
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__ and __doc__.splitlines()[0], allow_abbrev=False)
+def parse_count(text: str) -> int:
+    """Return a number of users. Raises argparse.ArgumentTypeError."""
+    try:
+        return parse_whole_number(1, 999_999_999)(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def parse_arguments(argv: Sequence[str] | None) -> Options:
+    """Return the options. Ends the process with 2 and a sentence if they are wrong."""
+    parser = argparse.ArgumentParser(
+        description="Send every pro customer's latest view of the pricing or settings"
+        " page to Iterable.",
+        allow_abbrev=False,
+    )
     add = parser.add_argument
-    add("--dry-run", action="store_true", help="everything except the sending; needs no API key")
-    add("--limit", type=number(1, 999_999_999), metavar="N", help="the first N users only (a careful first real run)")
-    add("--at-least", type=number(1, 999_999_999), metavar="N", help="send nothing when fewer than N users are found")
-    add("--changed-only", action="store_true", help="leave out users to whom the same was delivered already")
-    add("--bulk", action="store_true", help="send groups of up to 1000 users: for large runs")
-    add("--check", action="store_true", help="check the deployment and send no user data")
-    add("--quiet", action="store_true", help="show warnings and errors only, and no failure that is known already")
-    add("--env-file", default=".env", metavar="PATH", help="read the settings from another file than .env")
-    options = parser.parse_args(argv)
-    if options.check and any((options.dry_run, options.limit, options.at_least, options.changed_only, options.bulk)):
+    add_flag = functools.partial(parser.add_argument, action="store_true")
+    add_flag("--dry-run", help="do everything except sending; needs no API key")
+    add(
+        "--limit",
+        type=parse_count,
+        metavar="N",
+        help="send the first N users only (a careful first real run)",
+    )
+    add(
+        "--at-least",
+        type=parse_count,
+        metavar="N",
+        help="send nothing when fewer than N users are found",
+    )
+    add_flag("--changed-only", help="skip users to whom the same was delivered already")
+    add_flag("--reset-left", help="also reset the field of users who left the segment")
+    add_flag("--bulk", help="send groups of up to 1000 users: for large runs")
+    add_flag("--check", help="check the deployment; send no user data")
+    add_flag(
+        "--quiet",
+        help="show warnings and errors only, and no failure that is known already",
+    )
+    add(
+        "--env-file",
+        metavar="PATH",
+        help="read the settings from this file, relative to main.py, and not from .env",
+    )
+    options = parser.parse_args(argv, Options())
+    if options.reset_left and options.limit is not None:
+        parser.error(
+            "--reset-left and --limit exclude each other: the users beyond the limit"
+            " would look as if they had left"
+        )
+    others = [
+        options.dry_run,
+        options.limit,
+        options.at_least,
+        options.changed_only,
+        options.reset_left,
+        options.bulk,
+    ]
+    if options.check and any(others):
         parser.error("--check goes with --quiet and --env-file only")
     return options
 
 
+def load_settings(options: Options) -> Settings:
+    """Return the settings for these options. Raises SettingsError."""
+    env_file = None
+    if options.env_file is not None:
+        env_file = HERE / os.path.expanduser(options.env_file)
+    return load_environment_variables(env_file, needs_key=not options.dry_run)
+
+
+def open_log_file(settings: Settings, options: Options) -> None:
+    """Log to the file as well, without secrets. Raises LogNotWritable."""
+    setup_logger(
+        settings.log_level,
+        settings.log_file,
+        quiet=options.quiet,
+        redact=build_redactor(settings.iterable_api_key, settings.db_password),
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program: arguments and environment become settings, errors become exit codes (contract 3)."""
+    """Run the program and return its exit code."""
     options = parse_arguments(argv)
     setup_logger(quiet=options.quiet)
+    control = RunControl()
+    stops_in_order = threading.Event()
     try:
-        stop = listen_for_signals()
-        settings = load_environment_variables(HERE / options.env_file, needs_key=not options.dry_run)
-        redact = redactor(settings.iterable_api_key, settings.db_password)
-        setup_logger(settings.log_level, settings.log_file, quiet=options.quiet, redact=redact)
+        listen_for_signals(control, stops_in_order)
         if options.check:
-            return check(settings, stop)
+            return Checklist(options, control).run()
+        settings = load_settings(options)
+        open_log_file(settings, options)
         log.info("Starting Iterable Integration - Phase 3")
-        log.info("[STEP 1] Loading environment variables...")  # they are: the log file is one
-        return run_integration(settings, options, stop)
-    except (SettingsError, OSError, DatabaseError, MemoryError) as error:
-        advice = ": check LOG_FILE, RESULTS_DIR or --env-file" if getattr(error, "filename", None) else ""
-        log.error("%s%s%s", "✗ " * options.check, str(error) or "out of memory", advice)
-        return EXIT_CODES.get(type(error), BAD_SETTINGS)
+        # Said late, because the name of the log file is one of them.
+        log.info("[STEP 1] Loading environment variables...")
+        return run_integration(settings, options, control, stops_in_order)
+    except KNOWN_ERRORS as error:
+        text = str(error) or "out of memory"
+        log.error("%s", text)  # noqa: TRY400 - the error's text says all
+        return find_exit_code(error)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 -- Every pro customer who looked at the pricing or settings page in the last 7 days, with the latest such view.
--- Three ways to ask, which give the same rows on any data. main.py runs query_2, and future_views for its checklist,
--- and takes their text from here.
+-- Three ways to ask, which give the same rows on any data, and three small queries for the checklist and for
+-- --reset-left. main.py takes their text from here, by name, and runs query_2 and the small ones.
 --
 --     mysql -u root -p -t < phase2_queries.sql
 --
@@ -127,3 +127,31 @@ SELECT MAX(event_time) AS latest
 FROM page_views
 WHERE page IN ('pricing', 'settings')
     AND event_time > UTC_TIMESTAMP() + INTERVAL 1 MINUTE;
+
+-- name: columns
+-- No row, but every column that the queries read: main.py looks at their types before it runs query_2, because
+-- the server would compare a number with 'pro' as well, and find 0 = 'pro' true. The join fails where the two ids
+-- are texts that cannot be compared.
+SELECT
+    customers.id AS `customers.id`,
+    customers.first_name AS `customers.first_name`,
+    customers.email AS `customers.email`,
+    customers.plan_type AS `customers.plan_type`,
+    page_views.id AS `page_views.id`,
+    page_views.user_id AS `page_views.user_id`,
+    page_views.page AS `page_views.page`,
+    page_views.browser AS `page_views.browser`,
+    page_views.location AS `page_views.location`,
+    page_views.event_time AS `page_views.event_time`
+FROM page_views
+INNER JOIN customers ON customers.id = page_views.user_id
+WHERE FALSE;
+
+-- name: customers_by_id
+-- Which of some customers are still there, and their addresses. main.py puts a thousand ids at a time in the place
+-- of the variable, which is set by hand to look up a single one: SET @customer_ids = 2
+SELECT
+    id,
+    email
+FROM customers
+WHERE id IN (@customer_ids);

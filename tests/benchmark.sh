@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The figures of the README's table. Arguments are the parts to measure; all of them take about 12 minutes.
+# Measures the figures of the README's section Speed. Arguments name the parts to
+# measure (see lab/benchmark.py); all of them take about 15 minutes.
 source "$(dirname "${BASH_SOURCE[0]}")/lab/setup.sh"
 make_venv -r requirements.txt -c tests/requirements.txt trustme
 find_database_server

@@ -1,4 +1,4 @@
-"""`--bulk`: groups of users, whose account in the end is that of a run without (contract 5)."""
+"""`--bulk`: groups of users, each of whom ends as in a run of single calls."""
 
 from __future__ import annotations
 
@@ -6,295 +6,643 @@ import json
 import os
 import random
 import signal
-import urllib.request
 from collections import Counter
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, given
-from hypothesis import settings as examples
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from lab.answers import PAGE, SUCCESS, document
 from lab.database import DatabaseServer
-from lab.process import Customers, Ended, Program, Started
-from lab.standin_handle import EVENTS_TRACK, EVENTS_TRACK_BULK, USERS_BULK_UPDATE, USERS_UPDATE, StandIn
+from lab.expected import CALLS, address, find_delivered
+from lab.process import CreateCustomers, Ended, RunMain, StartMain, run, settings_for
+from lab.standin_handle import (
+    EVENTS_TRACK,
+    EVENTS_TRACK_BULK,
+    USERS_BULK_UPDATE,
+    USERS_UPDATE,
+    StandIn,
+)
+from lab.standin_project import make_document
 
-BOTH = (USERS_BULK_UPDATE, EVENTS_TRACK_BULK)
-BULK = {USERS_UPDATE: USERS_BULK_UPDATE, EVENTS_TRACK: EVENTS_TRACK_BULK}
-CALLS = {"users_update": USERS_UPDATE, "events_track": EVENTS_TRACK}
-
-
-def address(number: int) -> str:
-    return f"user{number}@example.com"
+BULK_ENDPOINTS = {USERS_UPDATE: USERS_BULK_UPDATE, EVENTS_TRACK: EVENTS_TRACK_BULK}
+BOTH = list(BULK_ENDPOINTS.values())
+IDENTITIES = ["email", "userId"]
+PAGE = "<html><h1>Sign in</h1></html>"
+FEW_ATTEMPTS: dict[str, Any] = {"ITERABLE_MAX_ATTEMPTS": "2", "ITERABLE_TIMEOUT": "2"}
 
 
 @pytest.fixture(scope="module")
-def thousands(customers: Customers) -> dict[str, str]:
-    return customers(2500)
+def thousands(create_customers: CreateCustomers) -> dict[str, str]:
+    return create_customers(2500)
 
 
-# The same account as without
+# Each user ends as in a run of single calls
 
-
-GOOD = {"first_name": "2024-02-29", "location": None}  # a date, as the first name is in this project, see `play`
+# In this project, first names and locations are dates, see `prepare_project`.
+GOOD: dict[str, Any] = {"first_name": "2024-02-29", "location": None}
 KINDS: dict[str, dict[str, Any]] = {
     "good": GOOD,
-    "invalid address": {**GOOD, "email": "bad@nowhere"},
-    "forgotten": {**GOOD, "email": "forgotten@example.com"},
-    "no address": {**GOOD, "email": None},
-    "same address": {**GOOD, "email": " User1@example.com"},
-    "unknown to trackBulk": {**GOOD, "email": "unknown@example.com"},
+    "invalid address": {**GOOD, "id": 101, "email": "bad@nowhere"},
+    "forgotten": {**GOOD, "id": 102, "email": "forgotten@example.com"},
+    "no address": {**GOOD, "id": 103, "email": None},
+    "same address": {**GOOD, "id": 104, "email": " User1@example.com"},
+    "unknown to trackBulk": {**GOOD, "id": 105, "email": "unknown@example.com"},
+    "conflict": {**GOOD, "id": 106, "email": "conflict@example.com"},
     "type clash of the user": {**GOOD, "first_name": "Ann"},
     "type clash of the event": {**GOOD, "location": "Berlin"},
-    "conflict": {**GOOD, "email": "conflict@example.com"},
 }
-EVENT = {"eventName": "page_view", "id": "first", "createdAt": 1}
-FIRST = {  # what came before, and gave the fields their types
-    USERS_UPDATE: {"email": "first@example.com", "dataFields": {"first_name": "2020-01-01"}},
-    EVENTS_TRACK: {"email": "first@example.com", "dataFields": {"location": "2020-01-01"}, **EVENT},
+FIELD_TYPES = {"first_name": "date"}
+EVENT_FIELD_TYPES = {"page_view": {"location": "date"}}
+SPECIAL_USERS = {
+    "email": {
+        "forgotten": "forgotten@example.com",
+        "unknown": "unknown@example.com",
+        "conflict": "conflict@example.com",
+    },
+    "userId": {"forgotten": "102", "unknown": "105", "conflict": "106"},
 }
+LIST_ENDINGS = {"email": "Emails", "userId": "UserIds"}
 
-
-def play(standin: StandIn, refused: Any = None, **more: Any) -> None:
-    """Let it be a project with types of its own, a user forgotten, and one whose identity another has."""
-    standin.reset()
-    headers = {"Api-Key": standin.key, "Content-Type": "application/json", "User-Agent": "the-tests"}
-    for endpoint, item in FIRST.items():
-        request = urllib.request.Request(f"{standin.url}/api/{endpoint}", json.dumps(item).encode(), headers)
-        urllib.request.urlopen(request).close()
-    conflict, unknown = "conflict@example.com", "unknown@example.com"
-    names = {USERS_BULK_UPDATE: {conflict: ["conflictEmails", conflict], **(refused or {})}}
-    names[EVENTS_TRACK_BULK] = {unknown: ["notFoundEmails", unknown], **(refused or {})}
-    standin.configure(**{"forgotten": ["forgotten@example.com"], "type_clash": "list", "refused": names, **more})
-    standin.fault(endpoint=USERS_UPDATE, email=conflict, status=409, body=document("EmailAlreadyExists", "taken"))
-
-
-def account(ended: Ended, standin: StandIn) -> Any:
-    """Exit code, each user's line and why, counts, and what Iterable has: what --bulk may not change."""
-    state, users = standin.state(), {}
-    assert (state["violations"], ended.errors) == ([], "")
-    for number, line in ended.users.items():  # where a success comes from may differ
-        users[number] = {**line, **{key: line[key] and (line[key]["ok"] or line[key]) for key in CALLS}}
-    summary = {key: value for key, value in ended.summary.items() if key not in ("calls", "retries")}
-    reasons = sorted(map(str, summary.pop("failure_reasons", [])))
-    return ended.exit_code, users, summary, reasons, state["users"], state["events"]
-
-
-def assert_calls_are_true(ended: Ended, standin: StandIn) -> None:
-    """The file counts the calls as the stand-in does, and nobody was sent again after a verdict."""
-    journal = [call for call in standin.state()["journal"] if call["emails"] != ["first@example.com"]]
-    equal = Counter((call["endpoint"], *call["emails"]) for call in journal)
-    summary = ended.results["summary"]
-    assert (summary["calls"], summary["retries"]) == (len(journal), len(journal) - len(equal))
-    made = [(line["email"], name, line[key]) for line in ended.users.values() for key, name in CALLS.items()]
-    for email, single, call in made:
-        if call:
-            both = (single, BULK[single])
-            asked = [each["endpoint"] for each in journal if email in each["emails"] and each["endpoint"] in both]
-            assert (asked[-1], asked.count(asked[-1])) == (call["endpoint"], call["attempts"])
-            assert call["ok"] or call["endpoint"] == single
-            assert (call["code"] is None) == (call["endpoint"] != single or call["status"] is None)
-
-
-SINGLY: dict[Any, Any] = {}  # what became of runs without --bulk, which many tests compare with
-QUICKLY = {"ITERABLE_MAX_ATTEMPTS": "2", "ITERABLE_TIMEOUT": "2"}
-
-
-def assert_same_with_bulk(
-    program: Program, standin: StandIn, database: dict[str, str], faults: Any = (), **project: Any
-) -> None:
-    key = database["DB_NAME"], "disallowed" in project
-    if key not in SINGLY:
-        play(standin, **project)
-        SINGLY[key] = account(program(database=database, **QUICKLY), standin)
-    play(standin, **project)
-    for fault in faults:
-        standin.fault(**fault)
-    ended = program("--bulk", database=database, **QUICKLY)
-    assert account(ended, standin) == SINGLY[key]
-    assert_calls_are_true(ended, standin)
-
-
-LATE: dict[str, Any] = {"headers": {"Retry-After": "0"}}
-FAULTS: dict[str, list[dict[str, Any]]] = {  # of a bulk endpoint, one after the other
-    "an answer as it should be": [],
+# Of a bulk endpoint, one after the other.
+FAULTS: dict[str, list[dict[str, Any]]] = {
+    "no fault": [],
     "more were taken than were sent": [{"alter": {"successCount": 99}}],
-    "the answer of a single call": [{"status": 200, "body": SUCCESS}],
+    "the answer of a single call": [
+        {"status": 200, "body": json.dumps(make_document("Success", ""))}
+    ],
     "a page with 200": [{"status": 200, "body": PAGE}],
     "413 for all": [{"status": 413, "body": PAGE}],
-    "503 for ever, but taken": [{"status": 503, "processed": True, **LATE}],
+    "503 for ever, but taken": [{"status": 503, "processed": True}],
     "an answer cut short, but taken": [{"action": "cut"}],
-    "429, then a lost answer": [{"status": 429, "times": 1, **LATE}, {"action": "reset_after", "times": 1}],
+    "429, then a lost answer": [
+        {"status": 429, "times": 1},
+        {"action": "reset_after", "times": 1},
+    ],
 }
 PROJECTS: dict[str, dict[str, Any]] = {
-    "the type of one item is listed": {},
-    "the type of one item refuses the group": {"type_clash": "refuse"},
-    "a conflict names another of the group": {"refused": {"conflict@example.com": ["conflictEmails", address(1)]}},
+    "the type of one user is listed": {"type_clash": "list"},
+    "the type of one user refuses the group": {"type_clash": "refuse"},
     "the event is disallowed": {"disallowed": ["page_view"]},
 }
 
 
+def prepare_project(
+    standin: StandIn, *, identify_by: str = "email", **settings: Any
+) -> None:
+    """Let the stand-in be an empty project with types and users of its own."""
+    users = SPECIAL_USERS[identify_by]
+    not_found = f"notFound{LIST_ENDINGS[identify_by]}"
+    conflict = f"conflict{LIST_ENDINGS[identify_by]}"
+    refused = {
+        USERS_BULK_UPDATE: {users["conflict"]: [conflict, users["conflict"]]},
+        EVENTS_TRACK_BULK: {users["unknown"]: [not_found, users["unknown"]]},
+    }
+    project: dict[str, Any] = {
+        "identify_by": identify_by,
+        "field_types": FIELD_TYPES,
+        "event_field_types": EVENT_FIELD_TYPES,
+        "forgotten": [users["forgotten"]],
+        "refused": refused,
+    }
+    standin.reset()
+    standin.configure(**{**project, **settings})
+    standin.fault(
+        endpoint=USERS_UPDATE,
+        user=users["conflict"],
+        status=409,
+        body=json.dumps(make_document("EmailAlreadyExists", "taken")),
+    )
+
+
+class Account(NamedTuple):
+    """What a run leaves behind that `--bulk` may not change."""
+
+    exit_code: int
+    lines: dict[int, dict[str, Any]]
+    counts: dict[str, Any]
+    reasons: list[str]
+    users: dict[str, Any]
+    events: dict[str, Any]
+
+
+def read_account(ended: Ended, standin: StandIn) -> Account:
+    state = standin.state()
+    assert state["violations"] == []
+    assert ended.errors == ""
+    counts = ended.summary
+    reasons = counts.pop("failure_reasons", [])
+    counts.pop("calls", None)
+    counts.pop("retries", None)
+    return Account(
+        exit_code=ended.exit_code,
+        lines={
+            number: without_accepted_calls(line) for number, line in ended.lines.items()
+        },
+        counts=counts,
+        reasons=sorted(str(reason) for reason in reasons),
+        users=state["users"],
+        events=state["events"],
+    )
+
+
+def without_accepted_calls(line: dict[str, Any]) -> dict[str, Any]:
+    """Return a user's line with True for a call that was accepted, by any endpoint."""
+    line = dict(line)
+    for name in CALLS:
+        if line[name] and line[name]["ok"]:
+            line[name] = True
+    return line
+
+
+def assert_calls_are_true(ended: Ended, standin: StandIn, *, identify_by: str) -> None:
+    """Check the calls on record by the stand-in's journal."""
+    journal = standin.state()["journal"]
+    different = {(call["endpoint"], *call["users"]) for call in journal}
+    summary = ended.results["summary"]
+    assert summary["calls"] == len(journal)
+    assert summary["retries"] == len(journal) - len(different)
+    for line in ended.lines.values():
+        user = str(line["user_id"]) if identify_by == "userId" else line["email"]
+        arrived = [call["endpoint"] for call in journal if user in call["users"]]
+        for name, endpoint in CALLS.items():
+            if line[name]:
+                assert_call_is_true(line[name], endpoint, arrived)
+
+
+def assert_call_is_true(call: dict[str, Any], single: str, arrived: list[str]) -> None:
+    """Check a call on record by the endpoints of its user's calls, in their order."""
+    bulk = BULK_ENDPOINTS[single]
+    of_its_kind = [endpoint for endpoint in arrived if endpoint in (single, bulk)]
+    assert call["endpoint"] == of_its_kind[-1]
+    assert call["attempts"] == of_its_kind.count(call["endpoint"])
+    if call["endpoint"] == bulk:
+        assert call["ok"]
+        assert call["code"] is None
+
+
 @pytest.fixture(scope="module")
-def mixed(customers: Customers) -> dict[str, str]:
-    """A user of each kind, but for those because of whom a group may be refused or believed in nothing."""
-    return customers([row for kind, row in KINDS.items() if "clash" not in kind and kind != "conflict"])
+def mixed(create_customers: CreateCustomers) -> dict[str, str]:
+    """One user of each kind, without those for whom a whole group may be refused."""
+    return create_customers(
+        [
+            row
+            for kind, row in KINDS.items()
+            if kind != "conflict" and "clash" not in kind
+        ]
+    )
 
 
+@pytest.fixture(scope="module")
+def single_accounts(
+    session_standin: StandIn,
+    mixed: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Account]:
+    """What runs of single calls leave of the `mixed` users, by identity."""
+    accounts = {}
+    for identify_by in IDENTITIES:
+        prepare_project(session_standin, identify_by=identify_by)
+        folder = tmp_path_factory.mktemp("singly")
+        settings = settings_for(
+            mixed,
+            session_standin.url,
+            folder,
+            ITERABLE_IDENTIFY_BY=identify_by,
+            **FEW_ATTEMPTS,
+        )
+        ended = run(settings=settings, folder=folder)
+        accounts[identify_by] = read_account(ended, session_standin)
+    return accounts
+
+
+@pytest.mark.parametrize("identify_by", IDENTITIES)
 @pytest.mark.parametrize("endpoint", BOTH)
-@pytest.mark.parametrize("name", FAULTS)
-def test_whatever_a_bulk_endpoint_answers_each_user_ends_as_without_bulk(
-    program: Program, standin: StandIn, mixed: dict[str, str], endpoint: str, name: str
+@pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS.keys())
+def test_any_answer_to_a_group_ends_as_singly(
+    run_main: RunMain,
+    standin: StandIn,
+    mixed: dict[str, str],
+    single_accounts: dict[str, Account],
+    faults: list[dict[str, Any]],
+    endpoint: str,
+    identify_by: str,
 ) -> None:
-    assert_same_with_bulk(program, standin, mixed, [{"endpoint": endpoint, **fault} for fault in FAULTS[name]])
+    prepare_project(standin, identify_by=identify_by)
+    for fault in faults:
+        standin.fault(endpoint=endpoint, **fault)
+
+    ended = run_main(
+        "--bulk", database=mixed, ITERABLE_IDENTIFY_BY=identify_by, **FEW_ATTEMPTS
+    )
+
+    assert read_account(ended, standin) == single_accounts[identify_by]
+    assert_calls_are_true(ended, standin, identify_by=identify_by)
 
 
-@pytest.mark.parametrize("name", PROJECTS)
-def test_whoever_a_bulk_endpoint_refuses_each_user_ends_as_without_bulk(
-    program: Program, standin: StandIn, customers: Customers, name: str
+@pytest.mark.parametrize("identify_by", IDENTITIES)
+@pytest.mark.parametrize("project", PROJECTS.values(), ids=PROJECTS.keys())
+def test_a_refused_user_ends_as_singly(
+    run_main: RunMain,
+    standin: StandIn,
+    create_customers: CreateCustomers,
+    project: dict[str, Any],
+    identify_by: str,
 ) -> None:
-    rows = [row for kind, row in KINDS.items() if kind != "conflict" or kind in name]
-    assert_same_with_bulk(program, standin, customers([*rows, GOOD]), **PROJECTS[name])
+    rows = [row for kind, row in KINDS.items() if kind != "conflict"]
+    database = create_customers([*rows, GOOD])
+
+    assert_same_in_bulk(
+        run_main, standin, database, identify_by=identify_by, project=project
+    )
 
 
-USERS = st.lists(st.sampled_from([*KINDS, "good", "good"]), min_size=1, max_size=8)
-SEQUENCES = st.lists(st.tuples(st.sampled_from(BOTH), st.sampled_from([*FAULTS])), max_size=3)
-
-
-@examples(max_examples=6, deadline=None, suppress_health_check=[*HealthCheck])
-@given(kinds=USERS, sequence=SEQUENCES, type_clash=st.sampled_from(["refuse", "list"]))
-def test_any_users_and_any_faults_of_bulk_end_as_without_bulk(
-    program: Program, standin: StandIn, customers: Customers, kinds: Any, sequence: Any, type_clash: str
+def test_a_conflict_may_name_another_of_the_group(
+    run_main: RunMain, standin: StandIn, create_customers: CreateCustomers
 ) -> None:
-    rows = [{"email": address(number), **KINDS[kind]} for number, kind in enumerate(kinds, 1)]
-    once = {str(row["email"]): row for row in reversed(rows)}  # of two, the one that is sent first
-    faults = [{"endpoint": endpoint, "times": 1, **fault} for endpoint, name in sequence for fault in FAULTS[name]]
-    assert_same_with_bulk(program, standin, customers([*once.values()]), faults, type_clash=type_clash)
+    database = create_customers([GOOD, KINDS["conflict"], GOOD])
+    refused = {
+        USERS_BULK_UPDATE: {"conflict@example.com": ["conflictEmails", address(1)]}
+    }
+
+    assert_same_in_bulk(run_main, standin, database, project={"refused": refused})
 
 
-def test_only_who_is_not_confirmed_is_sent_singly(program: Program, standin: StandIn, customers: Customers) -> None:
-    refused = {USERS_BULK_UPDATE: {address(2): ["invalidEmails", "USER2@Example.COM"]}}
-    refused[EVENTS_TRACK_BULK] = {address(3): ["notFoundEmails", address(3)]}
-    standin.configure(refused=refused)
-    ended = program("--bulk", database=customers(4))
-    assert ended.summary == {"outcome": "completed", "total_users": 4, "success": 4, "calls": 5}
-    told = {"ok": True, "status": 200, "code": None, "message": "", "attempts": 1}
-    assert [ended.users[1][key] for key in CALLS] == [{"endpoint": endpoint, **told} for endpoint in BOTH]
-    assert {(call["endpoint"], *call["emails"]) for call in standin.state()["journal"]} == {
-        (USERS_BULK_UPDATE, *map(address, (1, 2, 3, 4))),
-        (EVENTS_TRACK_BULK, *map(address, (1, 3, 4))),
+def assert_same_in_bulk(
+    run_main: RunMain,
+    standin: StandIn,
+    database: dict[str, str],
+    *,
+    identify_by: str = "email",
+    project: dict[str, Any],
+    faults: list[dict[str, Any]] | None = None,
+) -> None:
+    """Run singly, then in bulk with the faults, and compare."""
+    settings = {"ITERABLE_IDENTIFY_BY": identify_by, **FEW_ATTEMPTS}
+    prepare_project(standin, identify_by=identify_by, **project)
+    ended_singly = run_main(database=database, **settings)
+    account_singly = read_account(ended_singly, standin)
+    prepare_project(standin, identify_by=identify_by, **project)
+    for fault in faults or []:
+        standin.fault(**fault)
+
+    ended = run_main("--bulk", database=database, **settings)
+
+    assert read_account(ended, standin) == account_singly
+    assert_calls_are_true(ended, standin, identify_by=identify_by)
+
+
+@hypothesis_settings(
+    max_examples=6, deadline=None, suppress_health_check=list(HealthCheck)
+)
+@given(
+    kinds=st.lists(st.sampled_from([*KINDS, "good"]), min_size=1, max_size=8),
+    faults=st.lists(
+        st.tuples(st.sampled_from(BOTH), st.sampled_from(sorted(FAULTS))), max_size=3
+    ),
+    type_clash=st.sampled_from(["refuse", "list"]),
+    identify_by=st.sampled_from(IDENTITIES),
+)
+def test_any_users_and_faults_end_as_singly(
+    run_main: RunMain,
+    standin: StandIn,
+    create_customers: CreateCustomers,
+    kinds: list[str],
+    faults: list[tuple[str, str]],
+    type_clash: str,
+    identify_by: str,
+) -> None:
+    rows = {}
+    for number, kind in enumerate(kinds, 1):
+        row = {"id": number, "email": address(number), **KINDS[kind]}
+        rows[row["id"]] = row
+    each_once = [
+        {"endpoint": endpoint, "times": 1, **fault}
+        for endpoint, name in faults
+        for fault in FAULTS[name]
+    ]
+
+    assert_same_in_bulk(
+        run_main,
+        standin,
+        create_customers(list(rows.values())),
+        identify_by=identify_by,
+        project={"type_clash": type_clash},
+        faults=each_once,
+    )
+
+
+def test_only_unconfirmed_users_are_sent_singly(
+    run_main: RunMain, standin: StandIn, create_customers: CreateCustomers
+) -> None:
+    standin.configure(
+        refused={
+            USERS_BULK_UPDATE: {address(2): ["invalidEmails", "USER2@Example.COM"]},
+            EVENTS_TRACK_BULK: {address(3): ["notFoundEmails", address(3)]},
+        }
+    )
+
+    ended = run_main("--bulk", database=create_customers(4))
+
+    assert ended.summary == {
+        "outcome": "completed",
+        "total_users": 4,
+        "success": 4,
+        "calls": 5,
+    }
+    journal = standin.state()["journal"]
+    assert {(call["endpoint"], *call["users"]) for call in journal} == {
+        (USERS_BULK_UPDATE, address(1), address(2), address(3), address(4)),
+        (EVENTS_TRACK_BULK, address(1), address(3), address(4)),
         (USERS_UPDATE, address(2)),
         (EVENTS_TRACK, address(2)),
         (EVENTS_TRACK, address(3)),
     }
 
 
-def sizes(standin: StandIn) -> Counter[Any]:
-    """How many calls of each endpoint there were for so many users."""
-    return Counter((call["endpoint"], len(call["emails"])) for call in standin.state()["journal"])
-
-
-def test_groups_have_at_most_1000_users(program: Program, standin: StandIn, thousands: dict[str, str]) -> None:
-    ended = program("--bulk", "--limit", "2001", database=thousands)
-    assert ended.summary == {"outcome": "completed", "total_users": 2001, "success": 2001, "calls": 6}
-    assert sizes(standin) == {(bulk, 1000): 2 for bulk in BOTH} | {(single, 1): 1 for single in BULK}
-    assert (len(standin.state()["users"]), len(standin.state()["events"])) == (2001, 2001)
-
-
-def test_groups_have_at_most_a_megabyte_and_keep_their_share_of_the_limits(
-    program: Program, standin: StandIn, customers: Customers, server: DatabaseServer
+def test_user_ids_in_an_answer_are_case_sensitive(
+    run_main: RunMain,
+    standin: StandIn,
+    server: DatabaseServer,
+    create_customers: CreateCustomers,
 ) -> None:
-    database = customers(8)
-    server.query("ALTER TABLE page_views DROP KEY page_views_recent, MODIFY location MEDIUMTEXT", database["DB_NAME"])
-    server.query("UPDATE page_views SET location = REPEAT('x', 450000)", database["DB_NAME"])
-    ended = program("--bulk", database=database, ITERABLE_RATE_LIMIT="250")
-    assert (ended.summary["success"], sizes(standin)) == (8, {(bulk, 2): 4 for bulk in BOTH})
-    assert standin.counters()["busiest_second"][USERS_BULK_UPDATE] <= 3  # half of 500 singly is 2.5 of 5 here
+    database = create_customers(2)
+    for table, column in (("customers", "id"), ("page_views", "user_id")):
+        server.query(
+            f"ALTER TABLE {table} MODIFY {column} VARCHAR(9) COLLATE utf8mb4_bin",
+            database["DB_NAME"],
+        )
+        server.query(
+            f"UPDATE {table} SET {column} = IF({column} = '1', 'ann', 'Ann')",
+            database["DB_NAME"],
+        )
+    refused = {USERS_BULK_UPDATE: {"Ann": ["notFoundUserIds", "Ann"]}}
+    standin.configure(identify_by="userId", refused=refused)
+
+    ended = run_main("--bulk", database=database, ITERABLE_IDENTIFY_BY="userId")
+
+    assert ended.summary["success"] == 2
+    assert find_delivered(standin) == {"ann", "Ann"}
+    journal = standin.state()["journal"]
+    updates = [call for call in journal if call["endpoint"] == USERS_UPDATE]
+    assert [call["user"] for call in updates] == ["Ann"]
+
+
+def test_the_line_of_a_user_delivered_in_bulk(
+    run_main: RunMain, create_customers: CreateCustomers
+) -> None:
+    ended = run_main("--bulk", database=create_customers(2))
+
+    accepted = {"ok": True, "status": 200, "code": None, "message": "", "attempts": 1}
+    line = ended.lines[1]
+    assert line["users_update"] == {"endpoint": USERS_BULK_UPDATE, **accepted}
+    assert line["events_track"] == {"endpoint": EVENTS_TRACK_BULK, **accepted}
+
+
+# The size of groups
+
+
+def count_group_sizes(standin: StandIn) -> Counter[tuple[str, int]]:
+    """Count the calls by endpoint and number of users."""
+    journal = standin.state()["journal"]
+    return Counter((call["endpoint"], len(call["users"])) for call in journal)
+
+
+def test_groups_have_at_most_1000_users(
+    run_main: RunMain, standin: StandIn, thousands: dict[str, str]
+) -> None:
+    ended = run_main("--bulk", "--limit", "2001", database=thousands)
+
+    assert ended.summary["success"] == 2001
+    assert ended.summary["calls"] == 6
+    assert len(find_delivered(standin)) == 2001
+    assert count_group_sizes(standin) == {
+        (USERS_BULK_UPDATE, 1000): 2,
+        (EVENTS_TRACK_BULK, 1000): 2,
+        (USERS_UPDATE, 1): 1,
+        (EVENTS_TRACK, 1): 1,
+    }
+
+
+@pytest.fixture
+def large_rows(
+    create_customers: CreateCustomers, server: DatabaseServer
+) -> dict[str, str]:
+    """Eight customers whose events have 450 KB each."""
+    database = create_customers(8)
+    name = database["DB_NAME"]
+    server.query("ALTER TABLE page_views DROP KEY page_views_recent", name)
+    server.query("ALTER TABLE page_views MODIFY location MEDIUMTEXT", name)
+    server.query("UPDATE page_views SET location = REPEAT('x', 450000)", name)
+    return database
+
+
+def test_groups_have_at_most_a_megabyte(
+    run_main: RunMain, standin: StandIn, large_rows: dict[str, str]
+) -> None:
+    ended = run_main("--bulk", database=large_rows, ITERABLE_RATE_LIMIT="250")
+
+    assert ended.summary["success"] == 8
+    assert count_group_sizes(standin) == {
+        (USERS_BULK_UPDATE, 2): 4,
+        (EVENTS_TRACK_BULK, 2): 4,
+    }
+    # The half of 500 single calls a second is 2.5 of 5 in bulk.
+    assert standin.counters()["busiest_second"][USERS_BULK_UPDATE] <= 3
+
+
+# Fields that a project drops
+
+
+def test_dropped_fields_are_named_once_under_quiet(
+    run_main: RunMain, standin: StandIn, thousands: dict[str, str]
+) -> None:
+    standin.configure(drop_unknown_fields=True, field_types={"plan_type": "string"})
+
+    ended = run_main("--bulk", "--quiet", "--limit", "2000", database=thousands)
+
+    assert ended.exit_code == 0
+    assert ended.summary["success"] == 2000
+    warnings = [line for line in ended.console.splitlines() if line]
+    assert len(warnings) == 1
+    for field in ("first_name", "recent_page_view", "candidate"):
+        assert field in warnings[0]
+    assert "plan_type" not in warnings[0]
 
 
 # Runs that end early
 
 
-@pytest.mark.parametrize(("endpoint", "status"), [(USERS_BULK_UPDATE, 401), (EVENTS_TRACK_BULK, 403)])
-def test_a_key_that_a_bulk_endpoint_refuses_ends_the_run(
-    program: Program, standin: StandIn, thousands: dict[str, str], endpoint: str, status: int
+@pytest.mark.parametrize(
+    ("endpoint", "status", "counted_as", "expected_calls"),
+    [
+        (USERS_BULK_UPDATE, 401, "total_failures", [USERS_BULK_UPDATE]),
+        (EVENTS_TRACK_BULK, 403, "partial_failures", BOTH),
+    ],
+)
+def test_a_key_refused_in_bulk_ends_the_run(
+    run_main: RunMain,
+    standin: StandIn,
+    thousands: dict[str, str],
+    endpoint: str,
+    status: int,
+    counted_as: str,
+    expected_calls: list[str],
 ) -> None:
-    standin.fault(endpoint=endpoint, status=status, body=document("BadApiKey", "Invalid API key"))
-    ended = program("--bulk", database=thousands, MAX_WORKERS="1")
+    refusal = json.dumps(make_document("BadApiKey", "Invalid API key"))
+    standin.fault(endpoint=endpoint, status=status, body=refusal)
+
+    ended = run_main("--bulk", database=thousands, MAX_WORKERS="1")
+
+    assert ended.exit_code == 4
     assert "The run ended early: Iterable refused the API key" in ended.console
-    [reason] = ended.summary["failure_reasons"]
-    assert (reason["endpoint"], reason["status"], reason["count"]) == (endpoint, status, 1000)
-    failures = "total_failures" if endpoint == USERS_BULK_UPDATE else "partial_failures"
     calls = [call["endpoint"] for call in standin.state()["journal"]]
-    assert calls == [*BOTH][: 1 + BOTH.index(endpoint)]
-    counts = {"total_users": 2500, failures: 1000, "not_attempted": 1500, "calls": len(calls)}
-    assert ended.summary == {"outcome": "aborted", "exit_code": 4, **counts, "failure_reasons": [reason]}
+    assert calls == expected_calls
+    summary = ended.summary
+    [reason] = summary.pop("failure_reasons")
+    assert reason["endpoint"] == endpoint
+    assert reason["status"] == status
+    assert reason["count"] == 1000
+    assert summary == {
+        "outcome": "aborted",
+        "exit_code": 4,
+        "total_users": 2500,
+        counted_as: 1000,
+        "not_attempted": 1500,
+        "calls": len(calls),
+    }
 
 
-def test_an_outage_in_a_bulk_run_is_given_up(program: Program, standin: StandIn, thousands: dict[str, str]) -> None:
-    standin.fault(status=503, **LATE)
-    ended = program("--bulk", database=thousands, MAX_WORKERS="5", ITERABLE_MAX_ATTEMPTS="2")
+def test_an_outage_ends_a_bulk_run(
+    run_main: RunMain, standin: StandIn, thousands: dict[str, str]
+) -> None:
+    standin.fault(status=503)
+
+    ended = run_main(
+        "--bulk", database=thousands, MAX_WORKERS="5", ITERABLE_MAX_ATTEMPTS="2"
+    )
+
+    assert ended.exit_code == 4
     summary = ended.results["summary"]
-    assert (ended.exit_code, summary["outcome"], standin.state()["users"]) == (4, "aborted", {})
+    assert summary["outcome"] == "aborted"
     assert summary["total_failures"] >= 20
     assert summary["total_failures"] + summary["not_attempted"] == 2500
+    assert standin.state()["users"] == {}
 
 
-@pytest.mark.parametrize("fault", ["an answer as it should be", "a page with 200", "503 for ever, but taken"])
-def test_after_a_stop_whoever_has_the_update_gets_the_event_and_nobody_else_is_started(
-    started: Started, standin: StandIn, customers: Customers, fault: str
+@pytest.mark.parametrize(
+    "name", ["no fault", "a page with 200", "503 for ever, but taken"]
+)
+def test_sigterm_lets_updated_users_get_their_events(
+    start_main: StartMain,
+    standin: StandIn,
+    create_customers: CreateCustomers,
+    name: str,
 ) -> None:
-    for each in FAULTS[fault]:
-        standin.fault(endpoint=EVENTS_TRACK_BULK, **each)
+    for fault in FAULTS[name]:
+        standin.fault(endpoint=EVENTS_TRACK_BULK, **fault)
     standin.fault(endpoint=USERS_BULK_UPDATE, latency=0.5)
-    standin.configure(refused={USERS_BULK_UPDATE: {address(2): ["notFoundEmails", address(2)]}})
-    run = started("--bulk", database=customers(4))
+    refused = {USERS_BULK_UPDATE: {address(2): ["notFoundEmails", address(2)]}}
+    standin.configure(refused=refused)
+    running = start_main("--bulk", database=create_customers(4))
     standin.wait_for_calls(1)
-    run.signal(signal.SIGTERM)
-    ended, state = run.wait(), standin.state()
-    statuses = [line["status"] for _, line in sorted(ended.users.items())]
-    assert (ended.exit_code, statuses) == (143, ["success", "not_attempted", "success", "success"])
-    assert sorted(state["users"]) == sorted(event["email"] for event in state["events"].values())
-    calls = state["counters"]["calls"]
-    assert (USERS_UPDATE in calls, calls[USERS_BULK_UPDATE], calls[EVENTS_TRACK_BULK]) == (False, 1, 1)
-    assert_calls_are_true(ended, standin)
+
+    running.signal(signal.SIGTERM)
+    ended = running.wait()
+
+    assert ended.exit_code == 143
+    statuses = {number: line["status"] for number, line in ended.lines.items()}
+    assert statuses == {1: "success", 2: "not_attempted", 3: "success", 4: "success"}
+    assert find_delivered(standin) == {address(1), address(3), address(4)}
+    calls = standin.counters()["calls"]
+    assert USERS_UPDATE not in calls
+    assert calls[USERS_BULK_UPDATE] == 1
+    assert calls[EVENTS_TRACK_BULK] == 1
+    assert_calls_are_true(ended, standin, identify_by="email")
 
 
-@pytest.mark.parametrize("number", range(int(os.environ.get("KILL_ROUNDS", "2"))))
-def test_a_killed_bulk_run_loses_nobody_and_only_groups_in_flight_are_sent_again(
-    started: Started, program: Program, standin: StandIn, thousands: dict[str, str], number: int
+def test_users_perhaps_delivered_before_sigterm_are_sent_again(
+    start_main: StartMain,
+    run_main: RunMain,
+    standin: StandIn,
+    create_customers: CreateCustomers,
+) -> None:
+    database = create_customers(3)
+    standin.fault(
+        endpoint=USERS_BULK_UPDATE, status=503, processed=True, latency=0.5, times=1
+    )
+    running = start_main("--bulk", database=database)
+    standin.wait_for_calls(1)
+    running.signal(signal.SIGTERM)
+    assert running.wait().exit_code == 143
+    assert len(standin.state()["users"]) == 3
+
+    ended = run_main("--bulk", "--changed-only", database=database)
+
+    assert ended.summary["success"] == 3
+
+
+# Killed runs
+
+
+def read_users_on_record(folder: Path) -> set[str]:
+    """Return the user IDs in the partial file of a killed run."""
+    [path] = folder.glob("integration_results_*.json.partial")
+    users = set()
+    for line in path.read_text("utf-8").split("\n"):
+        if line.startswith('{"record"'):
+            document = json.loads(line.rstrip(","))
+            assert document["status"] == "success"
+            users.add(str(document["user_id"]))
+    return users
+
+
+def find_repeated(standin: StandIn, user_ids: dict[str, str]) -> set[str]:
+    """Return the user IDs of all users with a call that was accepted twice."""
+    state = standin.state()
+    owners = {}
+    for event_id, event in state["events"].items():
+        owners[event_id] = event.get("email") or event["userId"]
+    repeated = set()
+    for counts in state["accepted"].values():
+        for name, times in counts.items():
+            if times > 1:
+                repeated.add(user_ids[owners.get(name, name)])
+    return repeated
+
+
+@pytest.mark.parametrize("identify_by", IDENTITIES)
+@pytest.mark.parametrize("number", range(int(os.environ.get("KILL_ROUNDS", "1"))))
+def test_a_killed_bulk_run_is_completed_by_the_next(
+    start_main: StartMain,
+    run_main: RunMain,
+    standin: StandIn,
+    thousands: dict[str, str],
+    number: int,
+    identify_by: str,
 ) -> None:
     seed = random.randrange(1_000_000)
-    print(f"seed {seed}")
+    print(f"round {number}, seed {seed}")
     chance = random.Random(seed)
-    standin.configure(latency=chance.choice([0.0, 0.03, 0.1]))
-    run = started("--bulk", database=thousands, MAX_WORKERS="2")
+    latency = chance.choice([0.0, 0.03, 0.1])
+    standin.configure(latency=latency, identify_by=identify_by)
+    settings: dict[str, Any] = {"ITERABLE_IDENTIFY_BY": identify_by}
+    running = start_main("--bulk", database=thousands, MAX_WORKERS="2", **settings)
     standin.wait_for_calls(chance.randrange(1, 7))
-    run.process.kill()
-    run.wait()
-    text = "".join(path.read_text() for path in run.folder.glob("integration_results_*"))
-    on_record = {json.loads(line.rstrip(","))["email"] for line in text.split("\n") if line.startswith('{"record"')}
-    assert text.count('"status": "success"') == len(on_record)
-    before = standin.state()["accepted"]
-    again = program("--bulk", "--changed-only", database=thousands)
-    assert (again.exit_code, again.summary.get("unchanged", 0)) == (0, len(on_record))
-    state = standin.state()
-    assert sorted(state["users"]) == sorted(event["email"] for event in state["events"].values())
-    assert (len(state["users"]), state["violations"]) == (2500, [])
-    for bulk in BOTH:
-        twice = {identity for identity, times in state["accepted"][bulk].items() if times > 1}
-        emails = {state["events"][each]["email"] if bulk == EVENTS_TRACK_BULK else each for each in twice}
-        assert (emails & on_record, twice - before[bulk].keys()) == (set(), set())
-    assert program("--bulk", "--changed-only", database=thousands).summary["unchanged"] == 2500
+    running.process.kill()
+    folder = running.wait().folder
+    on_record = read_users_on_record(folder)
 
+    ended = run_main("--bulk", "--changed-only", database=thousands, **settings)
 
-def test_who_may_have_been_told_before_a_stop_is_a_failure_so_that_the_next_run_sends_again(
-    started: Started, program: Program, standin: StandIn, customers: Customers
-) -> None:
-    database = customers(3)
-    standin.fault(endpoint=USERS_BULK_UPDATE, status=503, processed=True, latency=0.5, times=1)
-    run = started("--bulk", database=database)
-    standin.wait_for_calls(1)
-    run.signal(signal.SIGTERM)
-    assert run.wait().summary["partial_failures"] == len(standin.state()["users"]) == 3
-    assert program("--bulk", "--changed-only", database=database).summary["success"] == 3
+    assert ended.exit_code == 0
+    assert ended.summary.get("unchanged", 0) == len(on_record)
+    delivered = find_delivered(standin)
+    assert len(delivered) == 2500
+    assert standin.state()["violations"] == []
+    user_ids = {address(number): str(number) for number in range(1, 2501)}
+    if identify_by == "userId":
+        user_ids = {user_id: user_id for user_id in delivered}
+    assert find_repeated(standin, user_ids) & on_record == set()

@@ -1,155 +1,542 @@
-"""main.py --check: a line for each item of the deployment checklist, and nothing sent but an empty body."""
+"""main.py --check: a line for each item of the checklist, and no user data sent."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
-from lab import process
-from lab.answers import BROKEN, IN_TROUBLE, KEY_REFUSED, NOT_ITERABLE, REDIRECT, SUCCESS
+from lab.answers import BROKEN, IN_TROUBLE, NOT_ITERABLE, REDIRECT, SUCCESS
 from lab.database import DatabaseServer, find_servers
-from lab.process import Customers, Ended, Program, Settings, Started
-from lab.standin_handle import USERS_UPDATE, StandIn
+from lab.process import MAIN, ROOT, CreateCustomers, Ended, RunMain, StartMain
+from lab.standin_handle import USERS_GET_FIELDS, USERS_UPDATE, StandIn, Trap
 
 KINDS = sorted(find_servers()) or ["mariadb or mysql"]
 ITEMS = {
     "settings": "Settings are complete",
     "log": "Log file can be written",
-    "results": "Results folder can be written",
+    "folder": "Results folder can be written and locked",
     "database": "Database can be reached and is new enough",
-    "tables": "Tables and columns of the query are there",
+    "columns": "Tables and columns of the query are usable",
     "times": "The latest page view is not in the future",
-    "iterable": r"Iterable can be reached at http://127\.0\.0\.1:\d+",
+    "iterable": "Iterable can be reached",
     "key": "API key is accepted",
+    "fields": "Iterable's user fields have the types that are sent",
+}
+WRONG_KEY = "0" * 32
+Database = dict[str, str]  # settings
+
+# Permissions do not stop root, unless it gives its rights away.
+WITHOUT_RIGHTS = ("setpriv", "--bounding-set=-all") if os.getuid() == 0 else ()
+UNWRITABLE = "/proc"  # not even root can make a file there
+ALL_FIELDS = {
+    "first_name": "string",
+    "plan_type": "string",
+    "recent_page_view": "boolean",
+    "candidate": "string",
 }
 
 
+class Checklist(NamedTuple):
+    """What a check found, by the keys of ITEMS: `failed` and `passed` with details."""
+
+    passed: dict[str, str]
+    failed: dict[str, str]
+    unchecked: dict[str, str]
+
+
+def read_checklist(ended: Ended) -> Checklist:
+    """The items, each with the text behind it. All are there, and nothing else is."""
+    found = Checklist({}, {}, {})
+    lines = ended.console.splitlines()
+    for (key, words), line in zip(ITEMS.items(), lines, strict=True):
+        mark, item, details = line[0], line[2 : 2 + len(words)], line[2 + len(words) :]
+        assert item == words
+        if mark == "✓":
+            found.passed[key] = details.strip(" ()")
+        elif mark == "✗":
+            found.failed[key] = details.removeprefix(": ")
+        else:
+            assert details.startswith(": not checked")
+            found.unchecked[key] = details.removeprefix(": not checked").strip(" ()")
+    return found
+
+
 @pytest.fixture(scope="module")
-def two(customers: Customers) -> dict[str, str]:
-    """A database with two users."""
-    return customers(2)
-
-
-def failing(ended: Ended) -> dict[str, str]:
-    """The items that fail, with their reasons. All others are there, in order, and well; nothing else is printed."""
-    reasons = {}
-    for (key, item), line in zip(ITEMS.items(), ended.console.splitlines(), strict=True):
-        parts = re.fullmatch(rf"([✓✗]) {item}(?:: (.*))?", line)
-        assert parts, line
-        if parts[1] == "✗":
-            reasons[key] = parts[2]
-    return reasons
+def two_users(create_customers: CreateCustomers) -> Database:
+    """The settings of a database with two users."""
+    return create_customers(2)
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_sent(standin: StandIn) -> Any:
-    """Whatever is checked, nothing arrives but empty users/update bodies, and nothing is stored."""
+def _nothing_is_sent(standin: StandIn) -> Iterator[None]:
+    """Whatever is checked, no user arrives, and nothing is stored."""
     yield
     state = standin.state()
-    calls = {(call["endpoint"], call["email"], call["event_id"]) for call in state["journal"]}
-    assert calls - {(USERS_UPDATE, "user1@example.com", None)} <= {(USERS_UPDATE, None, None)}  # hers is of a run
-    assert (state["users"], state["events"], state["violations"]) == ({}, {}, [])
+    calls = {(call["endpoint"], call["user"]) for call in state["journal"]}
+    assert calls <= {(USERS_UPDATE, None), (USERS_GET_FIELDS, None)}
+    assert state["users"] == {}
+    assert state["events"] == {}
+    assert state["violations"] == []
+
+
+# All is well
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_item_has_its_line_when_all_is_well(
-    servers: dict[str, DatabaseServer], program: Program, standin: StandIn, kind: str
+def test_each_item_has_its_line(
+    servers: dict[str, DatabaseServer], run_main: RunMain, standin: StandIn, kind: str
 ) -> None:
-    ended = program("--check", database=servers[kind].create_reader())
-    assert (ended.exit_code, ended.errors, failing(ended)) == (0, "", {})
-    assert f" at {standin.url}\n" in ended.console
-    assert standin.counters()["answers"] == {USERS_UPDATE: {400: 1}}
-    assert sorted(path.name for path in ended.folder.iterdir()) == ["empty.env", "run.log"]
+    standin.configure(field_types=ALL_FIELDS)
+
+    ended = run_main("--check", database=servers[kind].create_reader())
+
+    assert ended.exit_code == 0
+    assert ended.errors == ""
+    checklist = read_checklist(ended)
+    assert list(checklist.passed) == list(ITEMS)
+    assert servers[kind].version in checklist.passed["database"]
+    assert standin.url in checklist.passed["iterable"]
 
 
-def test_a_quiet_check_prints_what_fails_and_else_nothing(program: Program, two: dict[str, str]) -> None:
-    well = program("--check", "--quiet", database=two)
-    assert (well.exit_code, well.console, well.errors) == (0, "", "")
-    refused = program("--check", "--quiet", database=two, ITERABLE_API_KEY="0" * 32)
-    assert (refused.exit_code, refused.console) == (4, f"✗ API key is accepted: {KEY_REFUSED}\n")
-
-
-def test_settings_that_are_missing_are_all_named(program: Program, standin: StandIn) -> None:
-    ended = program("--check", database={"DB_PORT": "many"}, ITERABLE_API_KEY="")
-    missing = "; ".join(f"DB_{name} is missing" for name in ("HOST", "USER", "PASSWORD", "NAME"))
-    said = f"✗ Settings: {missing}; DB_PORT must be a whole number from 1 to 65535; ITERABLE_API_KEY is empty. Set "
-    assert (ended.exit_code, ended.console.startswith(said), ended.console.count("\n")) == (2, True, 1)
-    assert standin.counters()["connections"] == 0
-
-
-def test_a_place_that_cannot_be_written_fails_alone_and_one_that_is_missing_is_made(
-    program: Program, two: dict[str, str], folder: Path
+def test_iterable_is_asked_two_questions(
+    run_main: RunMain, standin: StandIn, two_users: Database
 ) -> None:
-    log = program("--check", database=two, LOG_FILE=str(folder))  # this ends the check
-    assert log.console == f"✗ [Errno 21] Is a directory: '{folder}': check LOG_FILE, RESULTS_DIR or --env-file\n"
-    results = program("--check", database=two, RESULTS_DIR="/proc")  # not even root can write there
-    assert (list(failing(results)), "/proc" in failing(results)["results"]) == (["results"], True)
-    made = program("--check", database=two, RESULTS_DIR=str(folder / "new" / "results"))
-    assert (failing(made), list((folder / "new" / "results").iterdir())) == ({}, [])
-    assert (log.exit_code, results.exit_code, made.exit_code) == (2, 2, 0)
+    run_main("--check", database=two_users)
+
+    assert standin.counters()["answers"] == {
+        USERS_UPDATE: {400: 1},
+        USERS_GET_FIELDS: {200: 1},
+    }
 
 
-def test_all_that_fails_is_told_and_the_exit_code_is_that_of_the_first(program: Program, two: dict[str, str]) -> None:
-    own = {"database": {**two, "DB_PASSWORD": "not the password"}, "ITERABLE_API_KEY": "0" * 32}
-    refused, all_wrong = program("--check", **own), program("--check", **own, RESULTS_DIR="/proc")
-    assert (list(failing(refused)), refused.exit_code) == (["database", "tables", "times", "key"], 3)
-    assert (list(failing(all_wrong)), all_wrong.exit_code) == (["results", "database", "tables", "times", "key"], 2)
-    assert refused.console.count(": The database refused the login: check DB_USER and DB_PASSWORD (1045") == 3
-    assert "not the password" not in refused.everything
-
-
-def test_a_view_in_the_future_and_a_column_or_table_that_is_missing_are_told(
-    server: DatabaseServer, customers: Customers, program: Program
+def test_nothing_but_log_and_lock_are_left(
+    run_main: RunMain, two_users: Database, folder: Path
 ) -> None:
-    [(ahead,)] = server.query("SELECT CAST(UTC_TIMESTAMP() + INTERVAL 1 HOUR AS CHAR)", "")
-    database = customers([{"event_time": ahead}, {}])
-    future = program("--check", database=database)
-    times = {"times": f"{ahead} is in the future: event_time must be UTC, and not local time"}
-    assert (failing(future), future.exit_code) == (times, 3)
-    server.query("ALTER TABLE customers DROP COLUMN first_name", database["DB_NAME"])
-    column = failing(program("--check", database=database))
-    assert column.pop("tables").startswith("A column is missing: compare the tables with database_setup.sql (1054")
-    assert column == times
-    server.query("DROP TABLE page_views", database["DB_NAME"])
-    table = failing(program("--check", database=database))
-    assert {item: why[:19] for item, why in table.items()} == dict.fromkeys(("tables", "times"), "A table is missing:")
+    results = folder / "results"
+
+    run_main("--check", database=two_users, RESULTS_DIR=str(results))
+
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    assert left == {
+        "empty.env",
+        "results",
+        "results/.integration_results.lock",
+        "run.log",
+    }
 
 
-@pytest.mark.parametrize(
-    ("failed", "fault", "words"),
-    [
-        (["iterable", "key"], {"status": 200, "body": "<html></html>"}, NOT_ITERABLE),
-        (["iterable", "key"], {"status": 307, "headers": {"Location": "/elsewhere"}}, REDIRECT),
-        (["iterable", "key"], {"status": 503}, IN_TROUBLE),
-        (["iterable", "key"], {"action": "reset_before"}, BROKEN),
-        (["key"], {"status": 200, "body": SUCCESS}, "Iterable answered a request without a user as if it had one"),
-    ],
-)
-def test_an_answer_that_is_no_refusal_of_the_empty_body_fails_with_its_reason(
-    program: Program, two: dict[str, str], standin: StandIn, failed: list[str], fault: dict[str, Any], words: str
+def test_a_quiet_check_prints_nothing(run_main: RunMain, two_users: Database) -> None:
+    ended = run_main("--check", "--quiet", database=two_users)
+
+    assert ended.exit_code == 0
+    assert ended.console == ""
+    assert ended.errors == ""
+
+
+def test_a_quiet_check_prints_what_fails(
+    run_main: RunMain, two_users: Database
 ) -> None:
-    standin.fault(**fault)
-    ended = program("--check", database=two, ITERABLE_MAX_ATTEMPTS="1")
-    assert (failing(ended), ended.exit_code) == (dict.fromkeys(failed, words), 4)
+    ended = run_main(
+        "--check", "--quiet", database=two_users, ITERABLE_API_KEY=WRONG_KEY
+    )
+
+    assert ended.exit_code == 4
+    [line] = ended.console.splitlines()
+    assert line.startswith(f"✗ {ITEMS['key']}: Iterable refused the API key")
 
 
 def test_a_check_may_run_beside_a_run(
-    program: Program, started: Started, two: dict[str, str], standin: StandIn
+    run_main: RunMain, start_main: StartMain, two_users: Database, folder: Path
 ) -> None:
-    standin.fault("silence", email="user1@example.com")
-    started("--limit", "1", database=two)
-    standin.wait_for_calls(1)
-    ended = program("--check", database=two)
-    assert (ended.exit_code, failing(ended)) == (0, {})
+    with Trap() as silent:
+        database = {**two_users, "DB_PORT": str(silent.port)}
+        running = start_main(database=database, LOG_FILE=str(folder / "other.log"))
+        running.wait_for("[STEP 2]")
+
+        ended = run_main("--check", database=two_users)
+
+    assert ended.exit_code == 0
+    assert "Another run" in read_checklist(ended).passed["folder"]
 
 
-@pytest.mark.parametrize("option", ["--dry-run", "--limit=1", "--at-least=1", "--changed-only", "--bulk"])
-def test_a_check_with_an_option_that_is_about_sending_is_a_usage_error(
-    settings: Settings, folder: Path, option: str
+# Settings, log and results folder
+
+
+def test_missing_settings_are_all_named(run_main: RunMain, standin: StandIn) -> None:
+    ended = run_main("--check", database={"DB_PORT": "many"}, ITERABLE_API_KEY="")
+
+    assert ended.exit_code == 2
+    checklist = read_checklist(ended)
+    assert list(checklist.failed) == ["settings"]
+    complaints = checklist.failed["settings"]
+    for name in ("DB_HOST", "DB_USER", "DB_PASSWORD", "DB_NAME"):
+        assert f"{name} is missing; " in complaints
+    assert "DB_PORT must be a whole number from 1 to 65535; " in complaints
+    assert "ITERABLE_API_KEY is empty. " in complaints
+    assert set(checklist.unchecked.values()) == {""}
+    assert standin.counters()["connections"] == 0
+
+
+def test_a_log_that_cannot_be_written_fails(
+    run_main: RunMain, two_users: Database, folder: Path
 ) -> None:
-    ended = process.run("--check", option, settings=settings({}), folder=folder)
-    assert (ended.exit_code, ended.console) == (2, "")
-    assert ended.errors.endswith("main.py: error: --check goes with --quiet and --env-file only\n")
+    ended = run_main("--check", database=two_users, LOG_FILE=str(folder))
+
+    assert ended.exit_code == 2
+    checklist = read_checklist(ended)
+    assert list(checklist.failed) == ["log"]
+    assert f"LOG_FILE {folder} " in checklist.failed["log"]
+    assert checklist.unchecked == {}
+
+
+def test_a_folder_that_cannot_be_written_fails(
+    run_main: RunMain, two_users: Database
+) -> None:
+    ended = run_main("--check", database=two_users, RESULTS_DIR=UNWRITABLE)
+
+    assert ended.exit_code == 2
+    checklist = read_checklist(ended)
+    assert list(checklist.failed) == ["folder"]
+    assert f"RESULTS_DIR {UNWRITABLE} " in checklist.failed["folder"]
+    assert checklist.unchecked == {}
+
+
+def test_a_folder_that_takes_no_new_file_fails(
+    run_main: RunMain, two_users: Database, folder: Path
+) -> None:
+    """The lock of an earlier run is there, but the folder's owner has changed."""
+    results = folder / "results"
+    results.mkdir()
+    (results / ".integration_results.lock").touch()
+    results.chmod(0o555)
+
+    ended = run_main(
+        "--check",
+        database=two_users,
+        RESULTS_DIR=str(results),
+        wrapper=WITHOUT_RIGHTS,
+    )
+
+    assert ended.exit_code == 2
+    checklist = read_checklist(ended)
+    assert list(checklist.failed) == ["folder"]
+    assert f"RESULTS_DIR {results} " in checklist.failed["folder"]
+
+
+def test_a_missing_folder_is_made(
+    run_main: RunMain, two_users: Database, folder: Path
+) -> None:
+    results = folder / "new" / "results"
+
+    ended = run_main("--check", database=two_users, RESULTS_DIR=str(results))
+
+    assert ended.exit_code == 0
+    assert results.is_dir()
+
+
+def test_a_file_system_without_locks_fails(
+    run_main: RunMain, two_users: Database, folder: Path
+) -> None:
+    """As NFS without its lock daemon."""
+    source = f"""
+import errno, fcntl, os, runpy, sys
+
+def flock(*arguments):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+fcntl.flock = fcntl.lockf = flock
+sys.path.insert(0, {str(ROOT)!r})
+runpy.run_path({MAIN[0]!r}, run_name="__main__")
+"""
+
+    ended = run_main("--check", database=two_users, program=("-c", source))
+
+    assert ended.exit_code == 2
+    checklist = read_checklist(ended)
+    assert list(checklist.failed) == ["folder"]
+    assert "RESULTS_DIR" in checklist.failed["folder"]
+    assert str(folder) in checklist.failed["folder"]
+
+
+def test_earlier_results_that_cannot_be_read_fail(
+    run_main: RunMain, two_users: Database, folder: Path
+) -> None:
+    """As those that a run by hand as root leaves to the service's account."""
+    unreadable = folder / "integration_results_20260113_143045.json"
+    unreadable.touch(mode=0)
+
+    ended = run_main("--check", database=two_users, wrapper=WITHOUT_RIGHTS)
+
+    assert ended.exit_code == 2
+    checklist = read_checklist(ended)
+    assert list(checklist.failed) == ["folder"]
+    assert str(unreadable) in checklist.failed["folder"]
+
+
+# Database
+
+
+def count_connections(server: DatabaseServer) -> int:
+    """How many connections were tried so far, this one included."""
+    [(_, number)] = server.query("SHOW GLOBAL STATUS LIKE 'Connections'")
+    return int(number)
+
+
+def test_the_database_is_asked_in_one_connection(
+    run_main: RunMain, server: DatabaseServer, two_users: Database
+) -> None:
+    before = count_connections(server)
+
+    run_main("--check", database=two_users)
+
+    assert count_connections(server) - before == 2  # with that of the last question
+
+
+def test_a_wrong_password_is_tried_once(
+    run_main: RunMain, server: DatabaseServer, two_users: Database
+) -> None:
+    """An account may be locked after three."""
+    before = count_connections(server)
+
+    ended = run_main("--check", database={**two_users, "DB_PASSWORD": "wrong one"})
+
+    assert count_connections(server) - before == 2
+    assert ended.exit_code == 3
+    checklist = read_checklist(ended)
+    assert list(checklist.failed) == ["database"]
+    assert "DB_PASSWORD" in checklist.failed["database"]
+    assert checklist.unchecked == {"columns": "", "times": ""}
+    assert ended.console.count("1045") == 1
+    assert "wrong one" not in ended.everything
+
+
+def test_a_view_in_the_future_fails(
+    run_main: RunMain, server: DatabaseServer, create_customers: CreateCustomers
+) -> None:
+    sql = "SELECT CAST(UTC_TIMESTAMP() + INTERVAL 1 HOUR AS CHAR)"
+    [(in_an_hour,)] = server.query(sql)
+    database = create_customers([{"event_time": in_an_hour}, {}])
+
+    ended = run_main("--check", database=database)
+
+    assert ended.exit_code == 3
+    assert read_checklist(ended).failed == {
+        "times": f"{in_an_hour} is in the future:"
+        " event_time must be UTC, and not local time"
+    }
+
+
+@pytest.mark.parametrize(
+    ("statement", "named"),
+    [
+        ("ALTER TABLE customers DROP COLUMN first_name", "customers.first_name"),
+        ("DROP TABLE page_views", "page_views"),
+        ("ALTER TABLE customers MODIFY plan_type INT", "customers.plan_type"),
+        (
+            "ALTER TABLE page_views MODIFY event_time VARCHAR(30)",
+            "page_views.event_time",
+        ),
+    ],
+)
+def test_columns_that_cannot_be_used_fail(
+    run_main: RunMain,
+    server: DatabaseServer,
+    create_customers: CreateCustomers,
+    *,
+    statement: str,
+    named: str,
+) -> None:
+    database = create_customers([{"plan_type": "1"}])
+    server.query(statement, database["DB_NAME"])
+
+    ended = run_main("--check", database=database)
+
+    assert ended.exit_code == 3
+    checklist = read_checklist(ended)
+    assert list(checklist.failed) == ["columns"]
+    assert named in checklist.failed["columns"]
+    assert checklist.unchecked == {"times": ""}
+
+
+def test_a_plan_that_is_a_number_sends_nobody(
+    run_main: RunMain, server: DatabaseServer, create_customers: CreateCustomers
+) -> None:
+    """For the server, 'pro' = 0 is true."""
+    database = create_customers([{"plan_type": "0"}])
+    server.query("ALTER TABLE customers MODIFY plan_type INT", database["DB_NAME"])
+
+    ended = run_main(database=database)
+
+    assert ended.exit_code == 3
+    assert "customers.plan_type" in ended.console
+    assert ended.documents == []
+
+
+# Iterable
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ({"status": 200, "body": "<html></html>"}, NOT_ITERABLE),
+        ({"status": 307, "headers": {"Location": "/elsewhere"}}, REDIRECT),
+        ({"status": 503}, IN_TROUBLE),
+        ({"action": "reset_before"}, BROKEN),
+    ],
+)
+def test_an_answer_that_is_not_iterables_fails(
+    run_main: RunMain,
+    two_users: Database,
+    standin: StandIn,
+    *,
+    fault: dict[str, Any],
+    reason: str,
+) -> None:
+    standin.fault(**fault)
+
+    ended = run_main("--check", database=two_users, ITERABLE_MAX_ATTEMPTS="1")
+
+    assert ended.exit_code == 4
+    checklist = read_checklist(ended)
+    assert checklist.failed == {"iterable": reason}
+    assert checklist.unchecked == {"key": "", "fields": ""}
+
+
+def test_a_refused_key_fails(run_main: RunMain, two_users: Database) -> None:
+    ended = run_main("--check", database=two_users, ITERABLE_API_KEY=WRONG_KEY)
+
+    assert ended.exit_code == 4
+    checklist = read_checklist(ended)
+    assert list(checklist.failed) == ["key"]
+    assert "ITERABLE_API_KEY" in checklist.failed["key"]
+    assert checklist.unchecked == {"fields": ""}
+
+
+def test_iterables_own_words_are_shown(
+    run_main: RunMain, two_users: Database, standin: StandIn
+) -> None:
+    words = "IP address 1.2.3.4 is not allowed"
+    body = f'{{"msg": "{words}", "code": "Forbidden", "params": null}}'
+    standin.fault(status=403, body=body)
+
+    ended = run_main("--check", database=two_users)
+
+    assert words in read_checklist(ended).failed["key"]
+
+
+def test_an_empty_body_must_be_refused(
+    run_main: RunMain, two_users: Database, standin: StandIn
+) -> None:
+    standin.fault(status=200, body=SUCCESS)
+
+    ended = run_main("--check", database=two_users)
+
+    assert ended.exit_code == 4
+    assert read_checklist(ended).failed == {
+        "key": "Iterable answered a request without a user as if it had one"
+    }
+
+
+def test_the_first_failed_item_has_the_exit_code(
+    run_main: RunMain, two_users: Database
+) -> None:
+    database = {**two_users, "DB_PASSWORD": "not the password"}
+
+    ended = run_main("--check", database=database, ITERABLE_API_KEY=WRONG_KEY)
+
+    assert list(read_checklist(ended).failed) == ["database", "key"]
+    assert ended.exit_code == 3
+
+
+# The project's user fields
+
+
+def test_a_field_of_another_type_fails(
+    run_main: RunMain, two_users: Database, standin: StandIn
+) -> None:
+    standin.configure(field_types={**ALL_FIELDS, "first_name": "date"})
+
+    ended = run_main("--check", database=two_users)
+
+    assert ended.exit_code != 0
+    [(key, reason)] = read_checklist(ended).failed.items()
+    assert key == "fields"
+    assert re.search(r"\bfirst_name\b.*\bdate\b.*\bstring\b", reason)
+    assert "plan_type" not in reason
+
+
+def test_each_field_of_another_type_is_named(
+    run_main: RunMain, two_users: Database, standin: StandIn
+) -> None:
+    standin.configure(field_types=dict.fromkeys(ALL_FIELDS, "long"))
+
+    ended = run_main("--check", database=two_users)
+
+    reason = read_checklist(ended).failed["fields"]
+    for name in ALL_FIELDS:
+        assert name in reason
+
+
+def test_a_missing_field_is_named_and_does_not_fail(
+    run_main: RunMain, two_users: Database, standin: StandIn
+) -> None:
+    standin.configure(field_types={"first_name": "string", "plan_type": "string"})
+
+    ended = run_main("--check", database=two_users)
+
+    assert ended.exit_code == 0
+    note = read_checklist(ended).passed["fields"]
+    assert "recent_page_view, candidate" in note
+    assert "first_name" not in note
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"status": 200, "body": '{"fields": []}'},
+        {"status": 200, "body": "[]"},
+        {"status": 200, "body": "<html></html>"},
+        {"status": 403, "body": '{"msg": "no", "code": "Forbidden"}'},
+        {"status": 401, "body": '{"msg": "no", "code": "BadApiKey"}'},
+        {"status": 404},
+        {"status": 503},
+        {"action": "reset_before"},
+    ],
+)
+def test_fields_that_cannot_be_read_are_not_checked(
+    run_main: RunMain,
+    two_users: Database,
+    standin: StandIn,
+    fault: dict[str, Any],
+) -> None:
+    standin.fault(**fault, endpoint=USERS_GET_FIELDS)
+
+    ended = run_main("--check", database=two_users, ITERABLE_MAX_ATTEMPTS="1")
+
+    assert ended.exit_code == 0
+    checklist = read_checklist(ended)
+    assert list(checklist.unchecked) == ["fields"]
+    assert checklist.unchecked["fields"] != ""
+
+
+@pytest.mark.parametrize(
+    ("identify_by", "failed"), [("userId", ["fields"]), ("email", [])]
+)
+def test_the_address_is_a_field_of_a_project_by_user_id(
+    run_main: RunMain,
+    two_users: Database,
+    standin: StandIn,
+    *,
+    identify_by: str,
+    failed: list[str],
+) -> None:
+    standin.configure(field_types={**ALL_FIELDS, "email": "long"})
+
+    ended = run_main("--check", database=two_users, ITERABLE_IDENTIFY_BY=identify_by)
+
+    assert list(read_checklist(ended).failed) == failed

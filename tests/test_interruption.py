@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, started twice, or short of disk, memory or threads: the record is true in the end."""
+"""Runs that are killed, stopped or started twice: the record is true in the end."""
 
 from __future__ import annotations
 
@@ -8,353 +8,445 @@ import os
 import random
 import re
 import select
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lab import process
 from lab.database import DatabaseServer
-from lab.process import Customers, Program, Started
-from lab.standin_handle import EVENTS_TRACK, USERS_UPDATE, StandIn
+from lab.expected import (
+    CALLS,
+    address,
+    assert_counts_add_up,
+    assert_record_is_true,
+    find_delivered,
+)
+from lab.process import CreateCustomers, Ended, RunMain, Running, StartMain, in_shell
+from lab.standin_handle import EVENTS_TRACK, USERS_UPDATE, StandIn, Trap
 
-ROUNDS = int(os.environ.get("KILL_ROUNDS", "2"))  # of kill -9
+KILL_ROUNDS = int(os.environ.get("KILL_ROUNDS", "2"))
 USERS = 150
-CALLS = {"users_update": USERS_UPDATE, "events_track": EVENTS_TRACK}
-SOON = 3.0  # seconds that an end may take here: about one, and the machine is busy with other tests
-INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+LONG_RETRY_AFTER = {"Retry-After": "120"}
+SOON = 60.0  # seconds: a run whose waits are not cut short takes longer
+KEY_REFUSED_BODY = '{"msg":"Invalid API key","code":"BadApiKey","params":null}'
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 @pytest.fixture(scope="module")
-def many(customers: Customers) -> dict[str, str]:
-    return customers(USERS)
+def many(create_customers: CreateCustomers) -> dict[str, str]:
+    return create_customers(USERS)
 
 
-def address(number: int) -> str:
-    return f"user{number}@example.com"
+@pytest.fixture(scope="module")
+def three(create_customers: CreateCustomers) -> dict[str, str]:
+    return create_customers(3)
 
 
-def shell(commands: str) -> dict[str, Any]:
-    """How to start main.py from a shell, after these commands."""
-    return {"wrapper": ("sh", "-c", f'{commands}; exec "$@"', "sh")}
-
-
-def told(standin: StandIn) -> set[str]:
-    """Who got both calls; no one may have got only one."""
-    state = standin.state()
-    assert sorted(state["users"]) == sorted(event["email"] for event in state["events"].values())
-    return set(state["users"])
-
-
-def successes(folder: Path) -> set[str]:
-    """Who is on record as told, also in files that have no end. Each user's line must be whole."""
-    lines = [line for path in folder.glob("integration_results_*") for line in path.read_text("utf-8").split("\n")]
-    users = [json.loads(line.rstrip(",")) for line in lines if line.startswith('{"rec')]
-    return {user["email"] for user in users if user["status"] == "success"}
-
-
-def stop(running: process.Running, number: signal.Signals) -> process.Ended:
-    """Send the signal. The run has to end soon."""
-    before = time.monotonic()
+def stop(running: Running, number: signal.Signals) -> Ended:
     running.signal(number)
-    ended = running.wait()
-    assert time.monotonic() - before < SOON
-    return ended
+    return running.wait(SOON)
 
 
-def assert_counts_add_up(ended: process.Ended) -> None:
-    lines, summary = ended.results["results"], ended.results["summary"]
-    counts = Counter(line["status"] + "s" * line["status"].endswith("failure") for line in lines)
-    names = ("success", "partial_failures", "total_failures", "not_attempted")
-    assert counts == Counter({name: summary[name] for name in names})
-    assert sorted(line["record"] for line in lines) == list(range(1, summary["total_users"] + 1))
-    assert list(ended.folder.glob("*.partial")) == []
-
-
-def assert_record_is_true(ended: process.Ended, standin: StandIn) -> None:
-    """The document is whole, its counts add up, and it says of each user and call what the stand-in saw."""
-    assert_counts_add_up(ended)
-    lines, state = ended.results["results"], standin.state()
-    calls = {(line["email"], CALLS[key]): line[key] for line in lines for key in CALLS if line[key]}
-    arrived = Counter((call["email"], call["endpoint"]) for call in state["journal"])
-    assert {each: call["attempts"] for each, call in calls.items()} == arrived
-    assert ended.results["summary"]["calls"] == arrived.total()
-    for line in lines:
-        has = [line["email"] in state["users"], line["event_id"] in state["events"]]
-        untouched = not {(line["email"], endpoint) for endpoint in CALLS.values()} & calls.keys()
-        status = "not_attempted" if untouched else ("total_failure", "partial_failure", "success")[sum(has)]
-        assert (line["status"], [bool(line[key] and line[key]["ok"]) for key in CALLS]) == (status, has)
+def find_recorded(folder: Path) -> set[str]:
+    """The users on record as delivered, in files without an end as well."""
+    found = set()
+    for path in folder.glob("integration_results_*"):
+        for line in path.read_text("utf-8").split("\n"):
+            if line.startswith('{"record"'):
+                user = json.loads(line.rstrip(","))
+                if user["status"] == "success":
+                    found.add(user["email"])
+    return found
 
 
 # kill -9
 
 
-@pytest.mark.parametrize("number", range(ROUNDS))
-def test_runs_that_are_killed_lose_nobody_and_nobody_on_record_is_told_again(
-    started: Started, many: dict[str, str], standin: StandIn, folder: Path, number: int
+def count_calls(standin: StandIn) -> Counter[str]:
+    """How many single calls arrived for each user."""
+    return Counter(call["user"] for call in standin.state()["journal"])
+
+
+@pytest.mark.parametrize("number", range(KILL_ROUNDS))
+def test_killed_runs_lose_nobody_and_repeat_nobody_on_record(
+    start_main: StartMain,
+    many: dict[str, str],
+    standin: StandIn,
+    folder: Path,
+    number: int,
 ) -> None:
-    print("seed", seed := random.randrange(1_000_000))
+    seed = random.randrange(1_000_000)
+    print("seed", seed, "in round", number)
     chance = random.Random(seed)
     standin.configure(latency=chance.choice([0.0, 0.02, 0.1]))
-    calls_when_on_record: dict[str, int] = {}
+    calls_when_recorded: dict[str, int] = {}
 
-    def calls() -> Counter[str]:
-        return Counter(call["email"] for call in standin.state()["journal"])
-
-    for kill in (True, True, False):
-        enough = calls().total() + chance.randrange(2 * (USERS - len(calls_when_on_record)) + 1)
-        running = started("--changed-only", database=many, ITERABLE_RATE_LIMIT="2000", MAX_WORKERS="50")
-        if kill:
-            standin.wait_for_calls(enough, timeout=30)
+    for will_be_killed in (True, True, False):
+        users_left = USERS - len(calls_when_recorded)
+        enough_calls = standin.count_calls() + chance.randrange(2 * users_left + 1)
+        running = start_main(
+            "--changed-only",
+            database=many,
+            ITERABLE_RATE_LIMIT="2000",
+            MAX_WORKERS="50",
+        )
+        if will_be_killed:
+            standin.wait_for_calls(enough_calls, timeout=30)
             running.process.kill()
-        ended, now = running.wait(), calls()
-        for email in successes(folder) - calls_when_on_record.keys():
-            calls_when_on_record[email] = now[email]
-    assert (ended.exit_code, standin.state()["violations"]) == (0, [])
-    assert ended.results["summary"]["success"] + ended.results["summary"]["unchanged"] == USERS
-    assert "damaged" not in ended.console  # the torn line of a killed run is no news
-    assert told(standin) == set(map(address, range(1, USERS + 1))) == calls_when_on_record.keys()
-    assert calls() == calls_when_on_record
+        ended = running.wait()
+        calls = count_calls(standin)
+        for user in find_recorded(folder) - calls_when_recorded.keys():
+            calls_when_recorded[user] = calls[user]
+
+    assert ended.exit_code == 0
+    assert "damaged" not in ended.console  # the last line of a killed run may be torn
+    assert standin.state()["violations"] == []
+    assert len(find_delivered(standin)) == USERS
+    assert count_calls(standin) == calls_when_recorded
 
 
 # Signals
 
 
-@pytest.mark.parametrize("number", [INT, TERM, HUP])
-def test_a_signal_before_the_first_user_ends_the_run_at_once_and_leaves_no_results(
-    started: Started, customers: Customers, server: DatabaseServer, standin: StandIn, folder: Path, number: Any
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_before_the_first_user_leaves_no_results(
+    start_main: StartMain,
+    three: dict[str, str],
+    server: DatabaseServer,
+    standin: StandIn,
+    folder: Path,
+    number: signal.Signals,
 ) -> None:
-    database = customers(1)
-    with server.connect(database["DB_NAME"]) as connection, connection.cursor() as cursor:
+    connection = server.connect(three["DB_NAME"])
+    with connection, connection.cursor() as cursor:
         cursor.execute("LOCK TABLES page_views WRITE")
-        running = started(database=database)
+        running = start_main(database=three)
         running.wait_for("[STEP 3]")
-        time.sleep(0.1)  # until the query waits for the lock
         ended = stop(running, number)
-    assert (ended.exit_code, ended.errors) == (128 + number, "")
+
+    assert ended.exit_code == 128 + number
+    assert ended.errors == ""
     assert list(folder.glob("integration_results_*")) == []
     assert standin.counters()["connections"] == 0
 
 
-SLOWLY = {"Retry-After": "120"}
-ALL_KINDS = {"partial_failure", "success", "not_attempted"}
-
-
-@pytest.mark.parametrize(
-    ("number", "users", "statuses", "fault"),
-    [
-        (INT, 60, {"success", "not_attempted"}, {"latency": 0.3}),
-        (TERM, 3, {"partial_failure"}, {"endpoint": USERS_UPDATE, "status": 503, "latency": 0.3}),
-        (HUP, 3, {"partial_failure"}, {"endpoint": USERS_UPDATE, "status": 503, "headers": SLOWLY}),
-        (TERM, 30, ALL_KINDS, {"endpoint": EVENTS_TRACK, "status": 429, "headers": SLOWLY, "times": 1}),
-    ],
-    ids=["on the wire and in the queue", "on the wire, and fails", "in a Retry-After", "in the event's pause"],
-)
-def test_a_signal_while_sending_leaves_each_user_whole_or_untouched_and_the_record_true(
-    started: Started, customers: Customers, standin: StandIn, number: Any, users: int, statuses: Any, fault: Any
-) -> None:
-    standin.fault(**fault)
-    running = started(database=customers(users), ITERABLE_RATE_LIMIT="20")
-    standin.wait_for_calls(3, USERS_UPDATE, timeout=30)
-    time.sleep(0.1)  # until there are answers, where they come at once
-    ended = stop(running, number)
+def assert_interrupted(ended: Ended, number: signal.Signals, standin: StandIn) -> None:
+    """Console, log, results file, exit code and Iterable agree."""
+    words = f"The run ended early: Stopped by {number.name}\n"
+    assert ended.exit_code == 128 + number
+    assert ended.errors == ""
+    assert f"\n{words}" in ended.console
+    assert words in ended.log
+    assert ended.summary["outcome"] == "interrupted"
+    assert ended.summary["exit_code"] == 128 + number
     assert_record_is_true(ended, standin)
-    lines, summary = ended.results["results"], ended.results["summary"]
-    assert (summary["outcome"], summary["exit_code"], ended.exit_code) == ("interrupted", 128 + number, 128 + number)
-    for shown in (ended.console, ended.log):
-        assert f"The run ended early: Stopped by {number.name}\n" in shown
-    assert {line["status"] for line in lines} == statuses
-    attempts = [[line[key] and line[key]["attempts"] for key in CALLS] for line in lines]
-    assert [both for both in attempts if both not in ([1, 1], [None, None])] == []
 
 
-def test_signals_that_were_ignored_at_the_start_stay_ignored(
-    started: Started, customers: Customers, standin: StandIn
+def find_statuses(ended: Ended) -> set[str]:
+    return {line["status"] for line in ended.lines.values()}
+
+
+def assert_one_attempt_each(ended: Ended) -> None:
+    for line in ended.lines.values():
+        for name in CALLS:
+            if line[name] is not None:
+                assert line[name]["attempts"] == 1
+
+
+def test_a_signal_lets_started_users_end_and_starts_no_other(
+    start_main: StartMain, many: dict[str, str], standin: StandIn
 ) -> None:
-    standin.fault(latency=0.3)
-    running = started(database=customers(3), how=shell("trap '' INT HUP"))
+    standin.configure(latency=0.3)
+    running = start_main(database=many, ITERABLE_RATE_LIMIT="20")
     standin.wait_for_calls(3)
-    running.signal(INT)
-    running.signal(HUP)
-    standin.wait_for_calls(6)
-    ended = stop(running, TERM)
-    assert (ended.exit_code, ended.summary["success"]) == (143, 3)
+
+    ended = stop(running, signal.SIGINT)
+
+    assert_interrupted(ended, signal.SIGINT, standin)
+    assert find_statuses(ended) == {"success", "not_attempted"}
 
 
-def test_a_second_signal_ends_the_run_at_once_and_leaves_the_partial_file_intact(
-    started: Started, program: Program, customers: Customers, standin: StandIn, folder: Path
+def test_a_failed_update_is_not_repeated_after_a_signal(
+    start_main: StartMain, three: dict[str, str], standin: StandIn
 ) -> None:
-    standin.fault("silence", email=address(5), times=1)
-    database = customers(5)
-    running = started(database=database)
+    standin.fault(endpoint=USERS_UPDATE, status=503, latency=1.0)
+    running = start_main(database=three)
+    standin.wait_for_calls(3)
+
+    ended = stop(running, signal.SIGTERM)
+
+    assert_interrupted(ended, signal.SIGTERM, standin)
+    assert find_statuses(ended) == {"partial_failure"}
+    assert_one_attempt_each(ended)
+
+
+def test_a_signal_cuts_the_wait_for_the_next_attempt(
+    start_main: StartMain, three: dict[str, str], standin: StandIn
+) -> None:
+    standin.fault(endpoint=USERS_UPDATE, status=503, headers=LONG_RETRY_AFTER)
+    running = start_main(database=three)
+    standin.wait_for_calls(3)
+
+    ended = stop(running, signal.SIGHUP)
+
+    assert_interrupted(ended, signal.SIGHUP, standin)
+    assert find_statuses(ended) == {"partial_failure"}
+    assert_one_attempt_each(ended)
+
+
+def test_a_signal_cuts_the_pause_after_a_429(
+    start_main: StartMain, many: dict[str, str], standin: StandIn
+) -> None:
+    standin.fault(endpoint=EVENTS_TRACK, status=429, headers=LONG_RETRY_AFTER, times=1)
+    running = start_main(database=many, ITERABLE_RATE_LIMIT="20")
+    standin.wait_for_calls(5, USERS_UPDATE)
+
+    ended = stop(running, signal.SIGTERM)
+
+    assert_interrupted(ended, signal.SIGTERM, standin)
+    assert find_statuses(ended) == {"success", "partial_failure", "not_attempted"}
+    assert_one_attempt_each(ended)
+
+
+def test_signals_ignored_at_the_start_stay_ignored(
+    start_main: StartMain, three: dict[str, str], standin: StandIn
+) -> None:
+    standin.configure(latency=0.3)
+    standin.fault(endpoint=EVENTS_TRACK, latency=1.0)
+    running = start_main(database=three, wrapper=in_shell("trap '' INT HUP"))
+    standin.wait_for_calls(3)
+
+    running.signal(signal.SIGINT)
+    running.signal(signal.SIGHUP)
+    standin.wait_for_calls(6)
+    ended = stop(running, signal.SIGTERM)
+
+    assert ended.exit_code == 143
+    assert ended.summary["success"] == 3
+
+
+def test_a_second_signal_ends_the_run_at_once(
+    start_main: StartMain,
+    run_main: RunMain,
+    create_customers: CreateCustomers,
+    standin: StandIn,
+    folder: Path,
+) -> None:
+    standin.fault("silence", user=address(5), times=1)
+    database = create_customers(5)
+    running = start_main(database=database)
     running.wait_for("Processing record 4/5")
     standin.wait_for_calls(9)
-    running.signal(TERM)
+
+    running.signal(signal.SIGTERM)
     time.sleep(0.2)  # two at once could be taken in either order
     assert running.process.poll() is None
-    ended = stop(running, INT)
-    assert (ended.exit_code, ended.errors, ended.documents) == (130, "", [])
-    assert successes(folder) == {address(number) for number in range(1, 5)}
-    again = program("--changed-only", database=database).summary
-    assert (again["success"], again["unchanged"]) == (1, 4)
+    ended = stop(running, signal.SIGINT)
+
+    assert ended.exit_code == 130
+    assert ended.errors == ""
+    assert ended.documents == []
+    assert find_recorded(folder) == {address(number) for number in range(1, 5)}
+    next_run = run_main("--changed-only", database=database)
+    assert next_run.summary["success"] == 1
+    assert next_run.summary["unchanged"] == 4
 
 
-def test_signals_end_a_run_whose_console_nobody_reads_and_whose_log_is_full(
-    started: Started, customers: Customers, folder: Path
-) -> None:
-    console = folder / "console"
-    os.mkfifo(console)
-    descriptor = os.open(console, os.O_RDWR | os.O_NONBLOCK)
+@pytest.fixture
+def full_console(folder: Path) -> Iterator[Path]:
+    """A pipe that nobody reads, and that takes no byte more."""
+    path = folder / "console"
+    os.mkfifo(path)
+    descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK)
     with contextlib.suppress(BlockingIOError):
         while True:
             os.write(descriptor, bytes(select.PIPE_BUF))
-    running = started(database=customers(1), how=shell(f"exec > '{console}'"), LOG_FILE="/dev/full")
-    while len(os.listdir(f"/proc/{running.process.pid}/task")) < 2:  # it does not listen yet
-        time.sleep(0.01)
-    time.sleep(0.3)  # now it stands still at its first line
-    assert running.process.poll() is None
-    running.signal(TERM)
-    assert stop(running, INT).exit_code in (130, 143)  # another signal: two equal ones could become one
+    yield path
     os.close(descriptor)
 
 
-# Two runs, and a disk that is full
-
-
-def test_a_second_run_says_who_holds_the_folder_and_touches_nothing_until_the_first_is_dead(
-    started: Started, program: Program, customers: Customers, standin: StandIn, folder: Path
+def test_signals_end_a_run_whose_console_nobody_reads(
+    start_main: StartMain, three: dict[str, str], full_console: Path
 ) -> None:
-    standin.fault("silence", email=address(2), times=1)
-    database = customers(2)
-    holder = started(database=database)
-    holder.wait_for("Successfully processed user: user1@example.com")
-    standin.wait_for_calls(3)
+    running = start_main(database=three, wrapper=in_shell(f"exec > '{full_console}'"))
+    wait_until_blocked(running)
 
-    def traces() -> Any:
-        return standin.counters(), {path: path.read_bytes() for path in folder.glob("*integration_results*")}
+    running.signal(signal.SIGTERM)
+    ended = stop(running, signal.SIGINT)  # two equal signals could become one
 
-    before = traces()
-    for option in ("--dry-run", "--quiet"):
-        ended = program(option, database=database)
-        said = rf"Another run holds {folder}: process {holder.process.pid}, since [\d-]{{10}} [\d:]{{8}} [+-]\d{{4}}"
-        assert re.fullmatch(said, ended.console.splitlines()[-1]) and re.search(said, ended.log)
-        assert (ended.exit_code, ended.errors, traces()) == (75, "", before)
-    assert len(ended.console.splitlines()) == 1
-    holder.process.kill()
-    holder.wait()
-    ended = program(database=database)
-    assert (ended.exit_code, ended.summary["success"]) == (0, 2)
+    assert ended.exit_code in (130, 143)
 
 
-def test_when_the_results_file_can_grow_no_more_the_run_stops_and_the_next_one_goes_on(
-    started: Started, program: Program, many: dict[str, str], standin: StandIn, folder: Path
+def wait_until_blocked(running: Running) -> None:
+    """Return when the program has written to a pipe that takes nothing more."""
+    function = Path("/proc", str(running.process.pid), "wchan")
+    for _ in range(3000):
+        if "pipe" in function.read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError("the program does not write to its console")
+
+
+# How a run ends is settled once
+
+# main.py, which sends itself SIGTERM when its results file is being completed: before
+# or after that, as WHEN says.
+SIGNAL_AT_THE_END = """
+import os, signal, sys, time
+import logger_config
+
+finish = logger_config.ResultsFile.finish
+
+
+def signal_myself():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.3)  # until the signal was taken
+
+
+def finish_with_signal(*arguments, **keywords):
+    if os.environ["WHEN"] == "before":
+        signal_myself()
+    finish(*arguments, **keywords)
+    if os.environ["WHEN"] == "after":
+        signal_myself()
+
+
+logger_config.ResultsFile.finish = finish_with_signal
+import main
+
+sys.exit(main.main())
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_at_the_end_leaves_no_contradiction(
+    run_main: RunMain, three: dict[str, str], standin: StandIn, when: str
 ) -> None:
-    long = json.dumps({"msg": "\N{GRINNING FACE}" * 480, "code": "Success", "params": None})  # 4 kB in the file a user
-    for endpoint in CALLS.values():
-        standin.fault(endpoint=endpoint, status=200, processed=True, body=long, latency=0.02)
-    ended = started(database=many, how=shell("ulimit -f 400"), MAX_WORKERS="10").wait()  # of 512 bytes each
-    assert (ended.exit_code, ended.errors) == (1, "")
-    words = r"The run ended early: \S+/integration_results_\d+_\d+\.json\.partial cannot be written.*File too large"
-    assert re.search(words, ended.console)
-    first = told(standin)
-    assert 0 < len(first) < USERS
-    for words in (f"Successful (both API calls): {len(first)}\n", f"Not attempted: {USERS - len(first)}\n"):
-        assert words in ended.console
-    assert set(re.findall(r"Successfully processed user: (\S+)", ended.log)) == first
-    before = sum(standin.counters()["calls"].values())
-    again = program("--changed-only", database=many)
-    assert (again.exit_code, len(told(standin)), again.summary["unchanged"] > 0) == (0, USERS, True)
-    assert sum(standin.counters()["calls"].values()) == before + again.summary["calls"]
+    ended = run_main(
+        database=three,
+        program=("-c", SIGNAL_AT_THE_END),
+        PYTHONPATH=str(process.ROOT),
+        WHEN=when,
+    )
 
-
-# A machine that is short of memory or threads, and errors nobody thought of
-
-
-@pytest.mark.parametrize("limit", ["-v 60000", "-v 300000", "-v 900000", "-v 2800000", "-d 60000", "-d 150000"])
-def test_with_little_memory_the_account_is_whole(started: Started, many: dict[str, str], limit: str) -> None:
-    with StandIn(tls="good", latency=0.02) as standin:  # for TLS crashes without memory
-        own = {"url": standin.url, "REQUESTS_CA_BUNDLE": str(standin.ca_file)}
-        ended = started("--limit", "30", database=many, how=shell(f"ulimit {limit}"), **own).wait()
-        assert_record_is_true(ended, standin)
-    summary = ended.results["summary"]
-    if ended.exit_code:
-        assert (ended.exit_code, summary["outcome"]) == (1, "aborted")
-        assert re.search("^The run ended early: unexpected error .+ lower MAX_WORKERS", ended.console, re.MULTILINE)
+    has_ended_early = "The run ended early: Stopped by SIGTERM" in ended.console
+    assert ended.exit_code == ended.results["summary"]["exit_code"]
+    assert (ended.exit_code == 143) == has_ended_early
+    assert (ended.summary["outcome"] == "interrupted") == has_ended_early
+    assert "\nINTEGRATION SUMMARY\n" in ended.console
     assert ended.errors == ""
-    assert ended.exit_code or summary["success"] == 30
-
-
-@pytest.mark.parametrize("threads", [2, 20])
-def test_with_few_threads_the_account_is_whole(
-    started: Started, many: dict[str, str], standin: StandIn, threads: int
-) -> None:
-    # An account with a limit of its own to its processes and threads, but with root's right to read files.
-    rights = [f"--{kind}=-all,+dac_override" for kind in ("inh-caps", "ambient-caps", "bounding-set")]
-    account = [f"--reuid={50_000 + os.getpid() % 10_000}", "--regid=54321", "--clear-groups"]
-    wrapper = ("setpriv", *rights, *account, "prlimit", f"--nproc={threads}")
-    if not shutil.which("setpriv") or subprocess.run([*wrapper, sys.executable, "-c", ""]).returncode:
-        pytest.skip("this account may not become another one")
-    standin.configure(latency=0.05)
-    ended = started("--limit", "30", database=many, how={"wrapper": wrapper}).wait()
-    assert (ended.exit_code, ended.errors) == (1, "")
-    words = """The run ended early: unexpected error RuntimeError("can't start new thread"): see the log file"""
-    assert words in ended.console
-    assert (len(told(standin)) > 0) == (threads == 20)
     assert_record_is_true(ended, standin)
 
 
-BROKEN = """
-import sys
-import iterable_client, logger_config
-whole, struck = {what}, []
-def broken(*arguments, **keywords):
-    if not struck and {words!r} in str(arguments):
-        struck.append(True)
-        raise {error}
-    return whole(*arguments, **keywords)
-{what} = broken
-import main
-sys.exit(main.main())
-"""
-NEW = "ZeroDivisionError('nobody thought of it')"
+def test_a_signal_before_a_refused_key_is_how_the_run_ends(
+    start_main: StartMain, three: dict[str, str], standin: StandIn
+) -> None:
+    standin.fault(status=401, body=KEY_REFUSED_BODY, latency=1.0)
+    running = start_main(database=three)
+    standin.wait_for_calls(3)
+
+    ended = stop(running, signal.SIGTERM)
+
+    assert_interrupted(ended, signal.SIGTERM, standin)
+    assert ended.console.count("The run ended early: ") == 1
 
 
-def test_memory_that_runs_out_before_the_first_user_is_told(started: Started, customers: Customers) -> None:
-    how = {"program": ("-c", BROKEN.format(what="logger_config.read_memory", words="", error="MemoryError"))}
-    ended = started("--changed-only", "--quiet", database=customers(1), how=how, PYTHONPATH=str(process.ROOT)).wait()
-    assert (ended.exit_code, ended.console, ended.errors) == (1, "out of memory\n", "")
+def test_a_refused_key_before_a_signal_is_how_the_run_ends(
+    start_main: StartMain, three: dict[str, str], standin: StandIn
+) -> None:
+    standin.fault(user=address(1), status=401, body=KEY_REFUSED_BODY, latency=0.3)
+    standin.fault(user=address(2), latency=2.0)
+    running = start_main(database=three)
+    running.wait_for(f"Failed user: {address(1)}")
+
+    ended = stop(running, signal.SIGTERM)
+
+    assert ended.exit_code == 4
+    assert ended.summary["outcome"] == "aborted"
+    assert ended.summary["exit_code"] == 4
+    assert ended.console.count("The run ended early: ") == 1
+    assert "The run ended early: Iterable refused the API key" in ended.console
+    assert_counts_add_up(ended)
+
+
+# Two runs in one folder
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--quiet"])
+def test_a_second_run_says_who_holds_the_folder_and_touches_nothing(
+    start_main: StartMain,
+    run_main: RunMain,
+    three: dict[str, str],
+    standin: StandIn,
+    folder: Path,
+    option: str,
+) -> None:
+    standin.fault("silence", user=address(3))
+    holder = start_main(database=three)
+    holder.wait_for(f"Successfully processed user: {address(2)}")
+    standin.wait_for_calls(5)
+    calls_before = standin.counters()
+    [partial_file] = folder.glob("integration_results_*")
+    record_before = partial_file.read_bytes()
+
+    ended = run_main(option, database=three)
+
+    said = (
+        rf"Another run holds {folder}: process {holder.process.pid},"
+        r" since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}"
+    )
+    assert ended.exit_code == 75
+    assert ended.errors == ""
+    assert re.fullmatch(said, ended.console.splitlines()[-1])
+    assert re.search(said, ended.log)
+    assert standin.counters() == calls_before
+    assert list(folder.glob("integration_results_*")) == [partial_file]
+    assert partial_file.read_bytes() == record_before
+
+
+def test_a_killed_run_holds_the_folder_no_longer(
+    start_main: StartMain, run_main: RunMain, three: dict[str, str], standin: StandIn
+) -> None:
+    standin.fault("silence", user=address(3), times=1)
+    holder = start_main(database=three)
+    standin.wait_for_calls(5)
+    holder.process.kill()
+    holder.wait()
+
+    ended = run_main(database=three)
+
+    assert ended.exit_code == 0
+    assert ended.summary["success"] == 3
+
+
+# The first moments
+
+
+def wait_for_import(running: Running, module: str) -> None:
+    """Return when Python, with `-X importtime`, has imported a module."""
+    while not re.search(rf"\b{re.escape(module)}\n", running.errors()):
+        assert running.process.poll() is None
+        time.sleep(0.002)
 
 
 @pytest.mark.parametrize(
-    ("what", "words", "error", "outcome"),
-    [
-        ("iterable_client.IterableClient.post", "'events/track', {'user5@", NEW, "aborted"),
-        ("iterable_client.interpret", "", NEW, "completed"),
-        ("logger_config.verdict", "", "MemoryError", "aborted"),
-        ("logger_config.ResultsFile.add", "user5@", NEW, "aborted"),
-    ],
-    ids=["before a call", "in a call", "in the report", "in the file"],
+    "module", ["argparse", "importlib.metadata", "ssl", "urllib3", "mysql.connector"]
 )
-def test_after_an_error_nobody_thought_of_whoever_was_told_is_on_record(
-    started: Started, customers: Customers, standin: StandIn, what: str, words: str, error: str, outcome: str
+def test_ctrl_c_while_modules_are_imported_shows_no_traceback(
+    start_main: StartMain, three: dict[str, str], module: str
 ) -> None:
-    database = customers([*[{}] * 8, {"email": "bad@nowhere"}, *[{}] * 8])
-    how = {"program": ("-c", BROKEN.format(what=what, words=words, error=error))}
-    ended = started("--quiet", database=database, how=how, MAX_WORKERS="3", PYTHONPATH=str(process.ROOT)).wait()
-    assert (ended.exit_code, ended.errors) == (1, "")
-    says = {
-        "aborted": r"The run ended early: unexpected error (ZeroDivision|Memory)Error\(",
-        "completed": r"error \(ZeroDivisionError\)",
-    }
-    assert re.search(says[outcome], ended.console)
-    assert "Traceback" in ended.log
-    assert (ended.summary["outcome"], ended.summary["exit_code"]) == (outcome, 1)
-    assert_counts_add_up(ended)
-    calls = {(line["email"], CALLS[key]) for line in ended.results["results"] for key in CALLS if line[key]}
-    assert calls >= {(call["email"], call["endpoint"]) for call in standin.state()["journal"]}
+    with Trap() as silent_database:
+        running = start_main(
+            database={**three, "DB_PORT": str(silent_database.port)},
+            program=("-X", "importtime", *process.MAIN),
+        )
+        wait_for_import(running, module)
+        ended = stop(running, signal.SIGINT)
+
+    assert ended.exit_code == 130
+    assert "Traceback" not in ended.errors
+    assert "KeyboardInterrupt" not in ended.errors

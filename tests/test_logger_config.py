@@ -1,21 +1,21 @@
-"""Console, log file, results file, its memory and its lock: what a run leaves behind (contract 2, 3, 6 and 7)."""
+"""Console and log file, and the secrets that neither shows."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import logging
+import os
+import pty
 import re
-import resource
-import stat
+import socket
 import subprocess
 import sys
-import tempfile
+import threading
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, quote_plus
 
 import pytest
@@ -23,353 +23,422 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from lab.process import BARE, ROOT, settings_for
-from logger_config import ResultsFile, lock_folder, read_memory, redactor, setup_logger, verdict
+from lab.process import ROOT
+from lab.results import file_modes
+from logger_config import (
+    CONSOLE_ONLY,
+    FILE_ONLY,
+    LOG_SIZE,
+    PROGRESS,
+    LogNotWritable,
+    build_redactor,
+    setup_logger,
+)
 
-LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} (\w+) +\w+: (.*)")
+Captured = pytest.CaptureFixture[str]
+
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} (\w+) +\w+: (.*)")
+LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 log = logging.getLogger("some.module")
 
 
 @pytest.fixture(autouse=True)
-def configured(monkeypatch: pytest.MonkeyPatch) -> None:
+def _restore_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test configures is gone after it."""
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [])
     monkeypatch.setattr(root, "level", root.level)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    yield
+    for handler in root.handlers:
+        with contextlib.suppress(OSError):  # of a full disk
+            handler.close()
 
 
-def lines(*paths: Path) -> list[tuple[str, str]]:
-    """Level and text of each line of these logs."""
-    found = [LINE.fullmatch(line) for path in paths for line in path.read_text("utf-8").split("\n")[:-1]]
-    assert all(found), [path.read_text("utf-8")[:2000] for path in paths]
-    return [(line[1], line[2]) for line in found if line]
+@pytest.fixture
+def log_file(tmp_path: Path) -> Path:
+    return tmp_path / "run.log"
 
 
-def modes(folder: Path) -> set[int]:
-    return {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+def read_log(path: Path) -> list[tuple[str, str]]:
+    """Level and text of each line of a log."""
+    lines = []
+    for text in path.read_text("utf-8").split("\n")[:-1]:
+        line = LOG_LINE.fullmatch(text)
+        assert line, text[:200]
+        lines.append((line[1], line[2]))
+    return lines
 
 
-# Console and log file
+def read_texts(path: Path) -> list[str]:
+    """The texts of a log's lines, all of which are INFO."""
+    lines = read_log(path)
+    assert {level for level, _ in lines} == {"INFO"}
+    return [text for _, text in lines]
 
 
-@pytest.mark.parametrize("quiet", [False, True])
+# Levels and destinations
+
+
 @pytest.mark.parametrize("level", ["DEBUG", "INFO", "WARNING", "ERROR"])
-def test_the_level_is_that_of_the_file_and_the_console_shows_info_or_if_quiet_warning_and_above(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], level: str, quiet: bool
+def test_level_is_that_of_the_log_file(log_file: Path, level: str) -> None:
+    setup_logger(level, log_file)
+    for name in LEVELS:
+        log.log(logging.getLevelName(name), "text")
+    logged = [name for name, _ in read_log(log_file)]
+    assert logged == LEVELS[LEVELS.index(level) :]
+
+
+@pytest.mark.parametrize(
+    ("quiet", "first"),
+    [
+        (False, "INFO"),
+        (True, "WARNING"),
+    ],
+)
+def test_console_shows_info_or_if_quiet_warnings(
+    log_file: Path, capsys: Captured, quiet: bool, first: str
 ) -> None:
-    setup_logger(level, tmp_path / "run.log", quiet=quiet)
-    levels = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
-    for name in levels:
-        log.log(getattr(logging, name), "a %s word", name)
-    logging.getLogger("urllib3.connectionpool").warning("what iterable_client says in better words")
-    assert lines(tmp_path / "run.log") == [(name, f"a {name} word") for name in levels[levels.index(level) :]]
-    shown = levels[2:] if quiet else levels[1:]
-    assert capsys.readouterr() == ("".join(f"a {name} word\n" for name in shown), "")
+    setup_logger("DEBUG", log_file, quiet=quiet)
+    for name in LEVELS:
+        log.log(logging.getLevelName(name), name)
+    shown = capsys.readouterr().out
+    assert shown.splitlines() == LEVELS[LEVELS.index(first) :]
 
 
-def test_the_log_is_rotated_at_10_mb_and_5_old_ones_are_kept_and_all_are_private(tmp_path: Path) -> None:
-    parts = [tmp_path / name for name in ("run.log", *(f"run.log.{number}" for number in range(1, 6)))]
-    for part in (range(250), range(250, 650)):  # set up anew in between, as by the next run
-        setup_logger(log_file=parts[0], quiet=True)
-        assert modes(tmp_path) == {0o600}
-        for number in part:
-            log.info("%d %s", number, "x" * 100_000)
-    assert (sorted(tmp_path.iterdir()), modes(tmp_path)) == (parts, {0o600})
-    kept = [int(text.split()[0]) for _, text in lines(*reversed(parts))]
-    assert kept == [*range(650 - len(kept), 650)]
-    new, *old = (part.stat().st_size for part in parts)
-    assert all(9_800_000 < size <= 10_000_000 for size in old) and new <= 10_000_000
+def test_a_record_can_be_for_one_destination(log_file: Path, capsys: Captured) -> None:
+    setup_logger(log_file=log_file)
+    log.info("detail", extra=FILE_ONLY)
+    log.info("", extra=CONSOLE_ONLY)
+    assert capsys.readouterr().out == "\n"
+    assert read_texts(log_file) == ["detail"]
 
 
-def test_a_console_that_lacks_characters_loses_marks_and_shows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warnings_of_the_packages_are_muted(capsys: Captured) -> None:
+    setup_logger()
+    logging.getLogger("urllib3.connectionpool").warning("Retrying")
+    logging.getLogger("mysql.connector").warning("Lost connection")
+    assert capsys.readouterr().out == ""
+
+
+def test_setup_again_replaces_what_was_set_up(log_file: Path, capsys: Captured) -> None:
+    setup_logger()
+    setup_logger(log_file=log_file)
+    log.info("text")
+    assert capsys.readouterr().out == "text\n"
+    assert read_texts(log_file) == ["text"]
+
+
+def test_an_uncaught_exception_is_logged(log_file: Path) -> None:
+    setup_logger(log_file=log_file)
+    error = RuntimeError("sudden")
+    sys.excepthook(RuntimeError, error, None)
+    assert "CRITICAL logger_config: Unexpected error\n" in log_file.read_text("utf-8")
+    assert log_file.read_text("utf-8").endswith("\nRuntimeError: sudden\n")
+
+
+# The console
+
+
+def test_a_console_without_marks_loses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "latin-1"))
-    setup_logger(redact=redactor("geheim"))
+    setup_logger(redact=build_redactor("geheim"))
     log.info("✓ Gruß an geheim: 😀")
     assert shown.getvalue() == "Gruß an [secret]: \\U0001f600\n".encode("latin-1")
 
 
-def test_a_full_disk_for_the_log_is_told_once_and_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+SCRIPT = """
+import logging, sys
+from pathlib import Path
+from logger_config import setup_logger
+setup_logger(log_file=Path(sys.argv[1]))
+for number in (1, 2):
+    logging.info("line %d", number)
+sys.exit(3)
+"""
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    """A program that logs two lines and ends with 3. It takes the log's path."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    # Without PYTHONUNBUFFERED, with which output is not flushed at the end.
+    environment = ["/usr/bin/env", "--ignore-environment", f"PYTHONPATH={ROOT}"]
+    return [*environment, sys.executable, "-B", str(script)]
+
+
+@pytest.mark.parametrize(
+    "console", ["<&- >&- 2>&-", "> /dev/full", "> /dev/full 2>&1", "| true"]
+)
+def test_a_console_that_is_gone_stops_nothing(
+    command: list[str], log_file: Path, console: str
+) -> None:
+    shell = ["bash", "-o", "pipefail", "-c", f'"$0" "$@" {console}']
+    ended = subprocess.run(
+        [*shell, *command, str(log_file)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # Not 120, for output that cannot be flushed at the end.
+    assert ended.returncode == 3
+    assert ended.stdout == ""
+    assert ended.stderr == ""
+    assert read_texts(log_file) == ["line 1", "line 2"]
+
+
+def read_until(descriptor: int, end: str) -> str:
+    shown = ""
+    while end not in shown:
+        shown += os.read(descriptor, 1000).decode()
+    return shown
+
+
+def test_on_a_terminal_the_next_line_replaces_progress(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    master, slave = pty.openpty()
+    with open(slave, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        setup_logger()
+        log.info("Progress: 1/2 and more than fits", extra=PROGRESS)
+        log.info("Progress: 2/2", extra=PROGRESS)
+        log.info("Done")
+        log.info("Next")
+        shown = read_until(master, "Next\r\n")
+    os.close(master)
+    expected = "Progress: 1/2 and m\rProgress: 2/2      \rDone         \r\nNext\r\n"
+    assert shown == expected
+
+
+def test_elsewhere_progress_has_its_own_line(log_file: Path, capsys: Captured) -> None:
+    setup_logger(log_file=log_file)
+    log.info("Progress: 1/2", extra=PROGRESS)
+    log.info("Done")
+    assert capsys.readouterr().out == "Progress: 1/2\nDone\n"
+    assert read_texts(log_file) == ["Progress: 1/2", "Done"]
+
+
+def test_no_text_can_forge_a_line_or_command_a_terminal(
+    log_file: Path, capsys: Captured
+) -> None:
+    setup_logger(log_file=log_file)
+    log.info("%s", "one\ntwo\r\x1b[31ma\tb\x00\x85\x9b\u2028\u202e\udcff Zoë 😀 ✓ %s")
+    shown = (
+        "one\\x0atwo\\x0d\\x1b[31ma\\x09b\\x00\\x85\\x9b\\x2028\\x202e\\xdcff"
+        " Zoë 😀 ✓ %s"
+    )
+    assert capsys.readouterr().out == f"{shown}\n"
+    assert read_texts(log_file) == [shown]
+
+
+# The log file
+
+
+def test_the_log_is_private_and_its_folder_is_made(tmp_path: Path) -> None:
+    setup_logger(log_file=tmp_path / "new" / "deep" / "run.log")
+    assert file_modes(tmp_path / "new" / "deep") == {"-rw-------"}
+
+
+def test_the_log_is_rotated_and_five_old_ones_are_kept(log_file: Path) -> None:
+    numbers = iter(range(650))
+    for count in (250, 400):  # of two runs
+        setup_logger(log_file=log_file, quiet=True)
+        for _ in range(count):
+            log.info("%d %s", next(numbers), "x" * 100_000)
+    old_logs = [Path(f"{log_file}.{number}") for number in (5, 4, 3, 2, 1)]
+    kept = []
+    for path in [*old_logs, log_file]:
+        kept += [int(text.split()[0]) for text in read_texts(path)]
+    assert kept == list(range(650 - len(kept), 650))
+    assert set(log_file.parent.iterdir()) == {*old_logs, log_file}
+    assert file_modes(log_file.parent) == {"-rw-------"}
+    for path in old_logs:
+        assert LOG_SIZE - 200_000 < path.stat().st_size <= LOG_SIZE
+
+
+def fill_log(path: Path, size: int = LOG_SIZE) -> None:
+    path.touch()
+    os.truncate(path, size)
+
+
+def refuse_rename(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rename(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "rename", rename)
+
+
+def test_a_log_that_cannot_be_rotated_grows_and_warns_once(
+    log_file: Path,
+    capsys: Captured,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refuse_rename(monkeypatch)
+    fill_log(log_file, size=LOG_SIZE - 1)
+    setup_logger(log_file=log_file, quiet=True)
+    log.info("one")
+    log.info("two")
+    warning = f"The log file {log_file} cannot be rotated (Permission denied)"
+    assert capsys.readouterr().out.count(warning) == 1
+    logged = log_file.read_text("utf-8")
+    assert logged.count(warning) == 1
+    assert logged.count(": one\n") == 1
+    assert logged.count(": two\n") == 1
+
+
+def test_later_runs_do_not_warn_of_it_again(
+    log_file: Path,
+    capsys: Captured,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    refuse_rename(monkeypatch)
+    fill_log(log_file)
+    setup_logger(log_file=log_file, quiet=True)
+    log.info("one")
+    assert capsys.readouterr().out == ""
+    assert "INFO    logger_config: The log file" in log_file.read_text("utf-8")
+
+
+def test_a_full_disk_for_the_log_is_reported_once(
+    capsys: Captured,
+) -> None:
     setup_logger(log_file=Path("/dev/full"))
     for number in (1, 2, 3):
         log.info("line %d", number)
-    told = "The log file /dev/full cannot be written: [Errno 28] No space left on device"
-    assert capsys.readouterr() == (f"line 1\n{told}\nline 2\nline 3\n", "")
+    error = "[Errno 28] No space left on device"
+    reported = f"The log file /dev/full cannot be written: {error}"
+    assert capsys.readouterr().out == f"line 1\n{reported}\nline 2\nline 3\n"
 
 
-NO_DATABASE = {"DB_HOST": "/nowhere", "DB_USER": "reader", "DB_PASSWORD": "", "DB_NAME": "shop"}
+def test_a_linked_log_is_written_and_never_rotated(tmp_path: Path) -> None:
+    target = tmp_path / "target.log"
+    link = tmp_path / "run.log"
+    link.symlink_to(target)
+    fill_log(target)
+    setup_logger(log_file=link, quiet=True)
+    log.info("one")
+    assert sorted(tmp_path.iterdir()) == [link, target]
+    assert link.is_symlink()
+    assert target.read_text("utf-8").endswith(": one\n")
 
 
-@pytest.mark.parametrize("console", ["<&- >&- 2>&-", "> /dev/full", "> /dev/full 2>&1", "| true"])
-def test_a_console_that_is_closed_full_or_gone_stops_nothing(tmp_path: Path, console: str) -> None:
-    shell = ["bash", "-o", "pipefail", "-c", f'"$0" "$1" --env-file /dev/null {console}', sys.executable]
-    environ = {**BARE, **settings_for(NO_DATABASE, "http://localhost", tmp_path)}
-    done = subprocess.run([*shell, ROOT / "main.py"], env=environ, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (3, "", "")  # and not 120, for a flush that fails at exit
-    said = [text.split(":")[0] for _, text in lines(tmp_path / "run.log")]
-    assert (len(said), said[-1]) == (4, "No database answers on this socket")
+def test_a_named_pipe_is_written_as_it_is_read(tmp_path: Path) -> None:
+    pipe = tmp_path / "run.log"
+    os.mkfifo(pipe)
+    received: list[str] = []
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(reader, True)
+    setup_logger(log_file=pipe, quiet=True)
+    reading = threading.Thread(
+        target=lambda: received.append(read_until(reader, "end\n"))
+    )
+    reading.start()
+    log.info("%s end", "x" * 1_000_000)  # more than a pipe takes at once
+    reading.join()
+    os.close(reader)
+    assert received[0].count("x") == 1_000_000
 
 
-def test_no_text_can_forge_a_line_or_command_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    setup_logger(log_file=tmp_path / "run.log")
-    log.info("%s", "one\ntwo\r\x1b[31ma\tb\x00\x7f\x85\x9b\u2028\u202e\udcff Zoë 😀 ✓ %s")
-    shown = "one\\x0atwo\\x0d\\x1b[31ma\\x09b\\x00\\x7f\\x85\\x9b\\x2028\\x202e\\xdcff Zoë 😀 ✓ %s"
-    assert (capsys.readouterr().out, lines(tmp_path / "run.log")) == (f"{shown}\n", [("INFO", shown)])
+def test_a_named_pipe_without_reader_is_an_error(tmp_path: Path) -> None:
+    pipe = tmp_path / "run.log"
+    os.mkfifo(pipe)
+    with pytest.raises(LogNotWritable, match="No such device or address"):
+        setup_logger(log_file=pipe)
+
+
+def test_standard_output_may_be_a_socket(command: list[str]) -> None:
+    # As under systemd. A socket cannot be opened by the name /dev/stdout.
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        subprocess.run(
+            [*command, "/dev/stdout"],
+            stdout=theirs.fileno(),
+            check=False,
+        )
+        received = ours.recv(10_000).decode()
+    # Each line stands there as one of the console and as one of the log.
+    assert received.count("line 1\n") == 2
+    assert received.count("line 2\n") == 2
+
+
+@pytest.mark.parametrize("place", ["/proc/run.log", "/dev/null/run.log", "/"])
+def test_a_log_that_cannot_be_opened_is_an_error(capsys: Captured, place: str) -> None:
+    message = rf"^LOG_FILE {place} cannot be written \("
+    with pytest.raises(LogNotWritable, match=message):
+        setup_logger(log_file=Path(place))
+    log.info("The console is there")
+    assert capsys.readouterr().out == "The console is there\n"
 
 
 # Secrets
 
 
+def lower_match(match: re.Match[str]) -> str:
+    return match[0].lower()
+
+
 @hypothesis_settings(deadline=None)
-@given(st.text(st.characters(codec="utf-8"), min_size=4))  # main.py takes no other
+@given(st.text(st.characters(codec="utf-8"), min_size=4))
 @example('Pa"ss \\w%rd/ü+=&')
-def test_any_secret_is_redacted_as_it_is_json_escaped_or_url_encoded(secret: str) -> None:
-    in_json = [json.dumps(secret, ensure_ascii=only_ascii)[1:-1] for only_ascii in (True, False)]
-    in_json += [text.replace("/", r"\/") for text in in_json]
-    in_url = [quote(secret), quote(secret, safe=""), quote(secret, safe="!'()*"), quote_plus(secret)]
-    in_url += [re.sub("%..", lambda code: code[0].lower(), text) for text in in_url]
-    redact = redactor("another", secret)
-    for form in (secret, *in_json, *in_url):
+def test_a_secret_is_redacted_in_every_written_form(secret: str) -> None:
+    in_json = [
+        json.dumps(secret)[1:-1],
+        json.dumps(secret, ensure_ascii=False)[1:-1],
+    ]
+    in_php_json = [form.replace("/", r"\/") for form in in_json]
+    in_url = [
+        quote(secret),
+        quote(secret, safe=""),
+        quote(secret, safe="!'()*"),
+        quote_plus(secret),
+    ]
+    in_url_lower = [re.sub("%..", lower_match, form) for form in in_url]
+    redact = build_redactor("another", secret)
+    for form in [secret, *in_json, *in_php_json, *in_url, *in_url_lower]:
         assert redact(f"<{form}> {form}") == "<[secret]> [secret]"
 
 
-def test_a_secret_within_another_leaves_no_rest_and_one_of_fewer_than_four_characters_is_left() -> None:
-    assert redactor("open", "open sesame", "sesame")("say open sesame now") == "say [secret] now"
-    assert redactor("", "say", "sesame")("say sesame") == "say [secret]"
+def test_a_secret_within_another_leaves_no_rest() -> None:
+    redact = build_redactor("open", "open sesame", "sesame")
+    assert redact("say open sesame now") == "say [secret] now"
 
 
-def test_no_secret_is_in_a_message_argument_or_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    secret = "tab\tand\nline"  # which would be escaped, and so no longer be found
-    setup_logger("DEBUG", tmp_path / "run.log", redact=redactor(secret))
-    log.info("argument %s", secret)
-    log.info("message " + json.dumps(secret))
-    try:
-        raise RuntimeError(secret) from ValueError(secret)
-    except RuntimeError:
-        sys.excepthook(*sys.exc_info())  # as for an error that nobody caught
-    for shown in (capsys.readouterr().out, (tmp_path / "run.log").read_text("utf-8")):
-        assert "argument [secret]\n" in shown and 'message "[secret]"\n' in shown
-        assert "Unexpected error\n" in shown and "\nValueError: [secret]\n" in shown
-        assert shown.endswith("\nRuntimeError: [secret]\n")
+def test_secrets_of_fewer_than_four_characters_stay() -> None:
+    redact = build_redactor("", "say", "sesame")
+    assert redact("say sesame") == "say [secret]"
 
 
-# The results file
-
-STARTED = datetime(2026, 1, 13, 14, 30, 45, tzinfo=timezone.utc)
-OK = {"endpoint": "users/update", "ok": True, "status": 200, "code": "Success", "message": "", "attempts": 1}
-REFUSED = {**OK, "ok": False, "status": 400, "code": "BadParams", "message": "no"}
-CALLS = {
-    "success": (OK, OK),
-    "partial_failure": (OK, REFUSED),
-    "total_failure": (REFUSED, REFUSED),
-    "forgotten": ({**REFUSED, "status": 409, "code": "ForgottenUserError"}, None),
-    "not_attempted": (None, None),
-}
+def test_without_secrets_a_text_stays_as_it_is() -> None:
+    assert build_redactor("", "abc")("abc") == "abc"
 
 
-def line(user_id: Any, status: str = "success", fingerprint: str | None = "f", **more: Any) -> dict[str, Any]:
-    """A user's line, without the keys that are nobody's memory."""
-    users_update, events_track = CALLS[status]
-    known = {"user_id": user_id, "status": status, "users_update": users_update, "events_track": events_track}
-    return {**known, "fingerprint": fingerprint, **more}
+# It would no longer be found once its control characters are escaped.
+SECRET = "tab\tand\nline"
 
 
-def write(folder: Path, *users: dict[str, Any], mode: str = "send", whole: bool = True) -> Path:
-    """The results file of one more run, with these users."""
-    results = ResultsFile(folder, {"mode": mode}, STARTED)
-    for user in users:
-        results.add(json.dumps(user))
-    if whole:
-        results.finish({"outcome": "completed"})
-    return results.path
+@pytest.fixture(params=["console", "log file"])
+def shown(request: pytest.FixtureRequest, log_file: Path, capsys: Captured) -> str:
+    """What console or log file show of a secret in every part of a record."""
+    setup_logger("DEBUG", log_file, redact=build_redactor(SECRET))
+    log.info("argument %s", SECRET)
+    log.info("message " + json.dumps(SECRET))
+    error = RuntimeError(SECRET)
+    error.__cause__ = ValueError(f"\x1b{SECRET}")
+    sys.excepthook(RuntimeError, error, None)
+    if request.param == "console":
+        return capsys.readouterr().out
+    return log_file.read_text("utf-8")
 
 
-def test_a_results_file_is_a_document_that_grows_by_lines_and_takes_its_name_when_it_is_whole(tmp_path: Path) -> None:
-    results = ResultsFile(tmp_path, {"mode": "send", "database": "ü"}, STARTED)
-    partial = tmp_path / "integration_results_20260113_143045.json.partial"
-    for number in (1, 2):
-        results.add(f'{{"record": {number}}}')
-        assert partial.read_text("utf-8").endswith(f'{{"record": {number}}}')  # at once
-    results.add('{"name": "half a pair \ud83d"}', at_once=False)
-    assert ([*tmp_path.iterdir()], modes(tmp_path)) == ([partial], {0o600})
-    results.finish({"outcome": "completed", "exit_code": 1})
-    whole = tmp_path / "integration_results_20260113_143045.json"
-    assert ([*tmp_path.iterdir()], results.path, modes(tmp_path)) == ([whole], whole, {0o600})
-    document = """\
-{
-"run": {"number": 1, "started_at": "2026-01-13T14:30:45+00:00", "mode": "send", "database": "ü"},
-"results": [
-{"record": 1},
-{"record": 2},
-{"name": "half a pair \\ud83d"}
-],
-"summary": {"outcome": "completed", "exit_code": 1}
-}
-"""
-    assert whole.read_text("utf-8") == document
+def test_no_secret_is_in_a_message_or_argument(shown: str) -> None:
+    assert "argument [secret]\n" in shown
+    assert 'message "[secret]"\n' in shown
 
 
-def test_a_runs_number_is_one_more_than_the_highest_and_two_of_one_second_have_two_names(tmp_path: Path) -> None:
-    first, second, third = write(tmp_path, whole=False), write(tmp_path, mode="dry-run"), write(tmp_path)
-    second.unlink()
-    runs = {path.name: json.loads(path.read_text("utf-8"))["run"]["number"] for path in (third, write(tmp_path))}
-    assert first.name == "integration_results_20260113_143045.json.partial"
-    assert runs == {"integration_results_20260113_143047.json": 3, "integration_results_20260113_143046.json": 4}
-
-
-@contextlib.contextmanager
-def room(most: int) -> Iterator[None]:
-    """No file of this process can have more bytes, as on a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_disk_that_takes_nothing_from_the_start_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
-    with room(10), pytest.raises(OSError, match=r"^RESULTS_DIR cannot be written: .*File too large"):
-        write(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_after_a_line_that_failed_none_is_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    results = ResultsFile(tmp_path, {"mode": "send"}, STARTED)
-    results.add(json.dumps(line(1)))
-    with room(results.path.stat().st_size + 100), pytest.raises(OSError, match="File too large"):
-        results.add(json.dumps(line(2)))
-    with pytest.raises(OSError, match="File too large"):  # although there is room again
-        results.add(json.dumps(line(3)))
-    with pytest.raises(OSError, match=r"\.json\.partial cannot be written .*File too large.*: make room"):
-        results.finish({})
-    del results
-    assert (set(read_memory(tmp_path)) - {"2"}, caplog.messages) == ({"1"}, [])  # as of a run that was killed
-
-
-# The memory
-
-
-def test_a_verdict_is_the_fingerprint_or_what_failed_and_why() -> None:
-    def failure(fingerprint: str = "f", **answer: Any) -> str | None:
-        return verdict(line(1, "partial_failure", fingerprint, events_track={**REFUSED, **answer}))
-
-    changes = [{}, {"endpoint": "events/track"}, {"status": None}, {"status": 500}, {"code": "C"}, {"message": "m"}]
-    verdicts = [failure(**change) for change in changes] + [failure("g"), verdict(line(1, "total_failure"))]
-    verdicts += [verdict(line(1, "total_failure", None, problem=words)) for words in "pq"]
-    verdicts += [verdict(line(1, status)) for status in ("forgotten", "not_attempted")]
-    assert (len({*verdicts, "f"}), verdict(line(1))) == (len(changes) + 7, "f")
-    stopped = {**line(1), "events_track": None}  # a failure without a call that failed
-    assert len({verdict({**stopped, "status": each}) for each in ("partial_failure", "forgotten")}) == 2
-    assert failure(attempts=5) == failure()
-
-
-def test_the_last_word_on_a_user_counts(tmp_path: Path) -> None:
-    write(tmp_path, *(line(user_id) for user_id in range(1, 9)), *(line(n, "total_failure") for n in (9, 10, 11)))
-    write(tmp_path, line(1, "total_failure", "g"), line(12), mode="dry-run")  # which told nobody
-    write(
-        tmp_path,
-        line(2, fingerprint="g"),
-        line(3, "forgotten"),
-        line(4, "partial_failure"),
-        line(5, "not_attempted"),
-        line(6, "not_attempted", "g"),  # who may have been told it in a group whose answer was lost
-        line(7, "not_attempted", None),
-        line(9),
-        line(10, "not_attempted"),
-        line(11, "not_attempted", "g"),
-    )
-    write(tmp_path, line(8, "total_failure"), whole=False)  # killed
-    last = [line(3, "forgotten"), line(4, "partial_failure"), line(6, "not_attempted", "g")]
-    last += [line(8, "total_failure"), line(10, "total_failure"), line(11, "not_attempted", "g")]
-    others = {str(each["user_id"]): verdict(each) for each in last}
-    assert read_memory(tmp_path) == {**dict.fromkeys("1579", "f"), "2": "g", **others}
-
-
-def test_files_are_read_in_the_order_of_their_numbers_and_before_them_by_their_start(tmp_path: Path) -> None:
-    """File n tells users 0 to n. Here the last word comes first, as do the names."""
-    heads = [
-        '"number": 10, "started_at": "2020-01-01T00:00:00+00:00"',
-        '"number": 9, "started_at": "2021-01-01T00:00:00+00:00"',
-        '"started_at": "2026-01-01T00:00:00+00:00"',
-        '"started_at": "2026-01-01T00:30:00+01:00"',
-    ]
-    for place, head in enumerate(heads):
-        users = [f"{json.dumps(line(user_id, fingerprint=str(place)))},\n" for user_id in range(place + 1)]
-        text = f'{{\n"run": {{"mode": "send", {head}}},\n"results": [\n{"".join(users)}],\n'
-        (tmp_path / f"integration_results_{place}.json").write_text(text)
-    assert read_memory(tmp_path) == {str(place): str(place) for place in range(len(heads))}
-
-
-DAMAGE: dict[str, tuple[bool, Any, str, int]] = {  # whether it is whole, the change, who is known, lines told
-    "a line of zeros": (True, lambda text: [*text[:4], "\0" * 90, *text[5:]], "13", 0),
-    "half a line": (True, lambda text: [*text[:4], text[4][:50], *text[5:]], "13", 1),
-    "lines of something else": (True, lambda text: [*text[:3], "[]", '{"user_id": 1}', "7", *text[5:]], "3", 1),
-    "two lines joined": (True, lambda text: [*text[:3], text[3] + text[4], *text[5:]], "13", 0),
-    "its end is missing": (True, lambda text: [*text[:4], text[4][:50]], "1", 1),
-    "killed": (False, lambda text: text, "123", 0),
-    "killed in a line": (False, lambda text: [*text[:5], text[5][:50]], "12", 0),
-    "killed before a line": (False, lambda text: [*text[:5], f"{text[5]},", ""], "123", 0),
-    "killed, and a line of zeros": (False, lambda text: [*text[:4], "\0" * 90, text[5]], "13", 0),
-    "killed, and half a line": (False, lambda text: [*text[:4], text[4][:50], text[5]], "13", 1),
-}
-
-
-@pytest.mark.parametrize(("whole", "change", "known", "damaged"), DAMAGE.values(), ids=DAMAGE)
-def test_damage_costs_the_users_of_its_lines_and_is_told_but_a_torn_last_line_of_a_killed_run_is_not(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, whole: bool, change: Any, known: str, damaged: int
-) -> None:
-    path = write(tmp_path, line(1), line(2), line(3), whole=whole)
-    path.write_text("\n".join(change(path.read_text("utf-8").split("\n"))), "utf-8")
-    assert "".join(read_memory(tmp_path)) == known
-    told = f"{path} is used as memory in part: {damaged} line(s) are damaged"
-    assert caplog.messages == [told] * bool(damaged)
-
-
-FOREIGN = [
-    "\0" * 100,
-    '"run": {"started_at": "2026-01-13T14:30:45+00:00"},',
-    '"run": {"mode": "send", "number": Infinity, "started_at": "2026-01-13T14:30:45+00:00"},',
-    '"run": ' + "[" * 100_000,
-]
-
-
-def test_what_is_no_results_file_is_skipped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder, link, *files = (tmp_path / f"integration_results_{n}.json" for n in range(len(FOREIGN) + 2))
-    folder.mkdir()
-    link.symlink_to("nowhere")
-    for path, head in zip(files, FOREIGN, strict=True):
-        path.write_text(f'{{\n{head}\n"results": [\n{json.dumps(line(2))}\n],\n"summary": {{}}\n}}\n')
-    (tmp_path / "integration_results_9.json.partial").touch()  # a run that was killed at once: no cause for a warning
-    write(tmp_path, line(1))
-    assert list(read_memory(tmp_path)) == ["1"]
-    told = [message.split(" is not a results file of this program, and not used: ")[0] for message in caplog.messages]
-    assert told == [str(path) for path in (folder, link, *files)]
-
-
-BYTES = st.binary(max_size=60) | st.sampled_from([b"\n", b"],\n", b",\n", b'"', b"}", b"[" * 3000, b"1e999", b"null"])
-
-
-@hypothesis_settings(deadline=None, max_examples=100)
-@given(st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 300), BYTES), min_size=1, max_size=3))
-def test_whatever_bytes_of_a_file_change_nobody_is_remembered_who_was_not_told(changes: Any) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        path = write(Path(name), *(line(status, status, f"that of {status}") for status in CALLS))
-        content = bytearray(path.read_bytes())
-        for start, length, put in changes:
-            content[start : start + length] = put
-        path.write_bytes(content)
-        memory = read_memory(Path(name))
-    assert [user for user in CALLS if user != "success" and memory.get(user) == f"that of {user}"] == []
-
-
-# The lock
-
-
-def test_one_run_at_a_time_holds_a_folder_and_another_folder_is_free(tmp_path: Path) -> None:
-    for _ in range(2):  # again after the first has ended
-        with lock_folder(tmp_path / "one"), lock_folder(tmp_path / "other"):
-            with pytest.raises(BlockingIOError, match=rf"^Another run holds {tmp_path}/one: process \d+, since 2"):
-                lock_folder(tmp_path / "one").__enter__()
-            assert modes(tmp_path / "one") == {0o600}
+def test_no_secret_or_control_is_in_a_traceback(shown: str) -> None:
+    assert "\nValueError: \\x1b[secret]\n" in shown
+    assert shown.endswith("\nRuntimeError: [secret]\n")

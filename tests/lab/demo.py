@@ -1,4 +1,4 @@
-"""The demo: the unchanged main.py against a private database server and a local stand-in for Iterable."""
+"""The demo: the unchanged main.py between a private database and a local stand-in."""
 
 from __future__ import annotations
 
@@ -8,49 +8,73 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lab import database, standin_handle
-from lab import process as harness
+from lab import database, process, standin_handle
 
-MAIN = [sys.executable, str(harness.ROOT / "main.py")]
-BARE = {**harness.BARE, "LC_ALL": "C.UTF-8"}
+COMMAND = [sys.executable, *process.MAIN]
+ENVIRONMENT = {**process.BARE_ENVIRONMENT, "LC_ALL": "C.UTF-8"}
 
 
 def main(arguments: list[str]) -> int:
-    """The exit code is main.py's."""
+    """Run main.py with the arguments, and show what comes of it. Returns its exit code.
+
+    Where main.py has its say on the arguments alone (a usage error, --help), nothing
+    is started.
+    """
     with tempfile.TemporaryDirectory(prefix="demo-") as folder:
-        if (code := answer_to_arguments(arguments, folder)) is not None:
-            return code
-        with (
-            database.DatabaseServer(next(iter(database.find_servers().values()))) as server,
-            standin_handle.StandIn(key=harness.KEY) as iterable,
-        ):
-            server.load(database.SETUP)
-            settings = harness.settings_for(server.create_reader(), iterable.url, Path(folder))
-            print(f"A private {server.kind} {server.version} holds database_setup.sql's sample;", end=" ")
-            print("a stand-in plays Iterable.\n\n$ python3 main.py", *arguments, flush=True)
-            signal.signal(signal.SIGINT, lambda *_: None)  # a Ctrl-C is for main.py, which gets it, too
-            command = [*MAIN, "--env-file", "/dev/null", *arguments]
-            code = subprocess.run(command, env={**BARE, **settings}).returncode
-            print(f"\nexit code {code}\n\nWhat the stand-in for Iterable holds now:\n")
-            print(standin_handle.describe(iterable.state()))
-        for results in sorted(Path(folder).glob("integration_results_*")):
-            print("\nThe results file, which is removed now, together with the demo's folder:\n")
-            print(results.read_text("utf-8"), end="")
-    return code
+        parsed = parse_only(arguments, Path(folder))
+        if parsed.returncode == 0 or parsed.stderr.startswith("usage:"):
+            print(parsed.stdout, end="")
+            print(parsed.stderr, end="", file=sys.stderr)
+            return parsed.returncode
+        exit_code = show_run(arguments, Path(folder))
+        show_results(Path(folder))
+    return exit_code
 
 
-def answer_to_arguments(arguments: list[str], folder: str) -> int | None:
-    """The exit code when main.py has its say on the arguments alone, which it then prints: usage, or --help."""
-    # Settings that cannot be right come after the arguments, and nothing after them.
-    settings = {"DB_PORT": "none", "LOG_FILE": f"{folder}/run.log"}
-    asked = subprocess.run(
-        [*MAIN, *arguments, "--env-file", "/dev/null"], env={**BARE, **settings}, capture_output=True, text=True
+def parse_only(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Let main.py look at the arguments, with settings that let it do no more."""
+    settings = {"DB_PORT": "none", "LOG_FILE": str(folder / "run.log")}
+    return subprocess.run(
+        [*COMMAND, *arguments, "--env-file", "/dev/null"],
+        env={**ENVIRONMENT, **settings},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    if asked.returncode and not asked.stderr.startswith("usage:"):
-        return None
-    print(asked.stdout, end="")
-    print(asked.stderr, end="", file=sys.stderr)
-    return asked.returncode
+
+
+def show_run(arguments: list[str], folder: Path) -> int:
+    """Run main.py on the sample, then print what the stand-in holds."""
+    program = next(iter(database.find_servers().values()))
+    with (
+        database.DatabaseServer(program) as server,
+        standin_handle.StandIn(key=process.KEY) as iterable,
+    ):
+        server.load(database.SETUP)
+        settings = process.settings_for(server.create_reader(), iterable.url, folder)
+        print(
+            f"A private {server.kind} {server.version} holds the sample of"
+            " database_setup.sql; a stand-in plays Iterable."
+        )
+        print("\n$ python3 main.py", *arguments, flush=True)
+        # A Ctrl-C is for main.py, which gets it too.
+        signal.signal(signal.SIGINT, lambda *_: None)
+        done = subprocess.run(
+            [*COMMAND, "--env-file", "/dev/null", *arguments],
+            env={**ENVIRONMENT, **settings},
+            check=False,
+        )
+        print(f"\nexit code {done.returncode}")
+        print("\nWhat the stand-in for Iterable holds now:\n")
+        print(standin_handle.describe(iterable.state()))
+    return done.returncode
+
+
+def show_results(folder: Path) -> None:
+    """Print the results files."""
+    for results in sorted(folder.glob("integration_results_*")):
+        print("\nThe results file, which is removed with the demo's folder:\n")
+        print(results.read_text("utf-8"), end="")
 
 
 if __name__ == "__main__":

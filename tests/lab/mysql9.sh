@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Unpacks MySQL 9 from Debian unstable into a folder, for tests on machines whose own packages hold MariaDB only:
+# from a mirror that the machine's own apt settings name, with apt's proxy and passwords.
 #
 #     bash tests/lab/mysql9.sh [FOLDER]        (default: .venv/mysql9)
 #
@@ -29,21 +30,33 @@ trap 'rm -rf "$work"' EXIT
 mkdir -p "$work"/apt/{lists,cache,debs} "$work/mysql9/bin"
 root=$work/mysql9/root
 
-apt() { # [command] [arguments]: apt-get or apt-cache with nothing of the system's but its proxy
+try_apt() { # [command] [arguments]: apt-get or apt-cache, with lists, cache and sources of its own
     local command=$1
     shift
     "$command" -qq -o Dir::State="$work/apt" -o Dir::State::status="$work/apt/status" -o Dir::Cache="$work/apt/cache" \
         -o Dir::Etc::sourcelist="$work/apt/sources.list" -o Dir::Etc::sourceparts=/dev/null \
         -o Dir::Etc::preferences=/dev/null -o Dir::Etc::preferencesparts=/dev/null -o Acquire::Languages=none \
         -o APT::Sandbox::User=root -o APT::Update::Error-Mode=any -o APT::Install-Recommends=false \
-        -o Acquire::http::Timeout=20 "$@" 2>>"$work/log" || fail "$(grep -m 1 '^E:' "$work/log")"
+        -o Acquire::http::Timeout=20 "$@" 2>>"$work/log"
+}
+
+apt() { # the same, or the end
+    try_apt "$@" || fail "$(grep '^E:' "$work/log" | tail -n 1)"
+}
+
+use_mirror() { # the first archive of the machine's apt that has Debian unstable; those for security have not
+    local archive
+    for archive in $(apt-get indextargets --format '$(REPO_URI)' 2>>"$work/log" | sort -u); do
+        echo "deb [arch=$architecture signed-by=$keyring] $archive sid main" >"$work/apt/sources.list"
+        ! try_apt apt-get update >/dev/null || return 0
+    done
+    fail "no archive in this machine's apt settings has Debian unstable: $(grep '^E:' "$work/log" | tail -n 1)"
 }
 
 echo "Fetching MySQL 9 for the tests (about a minute, once) ..." >&2
 architecture=$(dpkg --print-architecture)
-echo "deb [arch=$architecture signed-by=$keyring] http://deb.debian.org/debian sid main" >"$work/apt/sources.list"
 : >"$work/apt/status" # a machine on which nothing is installed, so that every library is fetched
-apt apt-get update >/dev/null
+use_mirror
 
 # The libraries' names change with each release of theirs, so they are asked for. Perl is for scripts that are not run.
 packages=$(apt apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces \

@@ -1,4 +1,4 @@
-"""The stand-in for Iterable as tests, demo and benchmark hold it: started, told what to do, asked, and closed."""
+"""The stand-in for Iterable as tests, demo and benchmark hold it."""
 
 from __future__ import annotations
 
@@ -10,141 +10,293 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-from lab.standin import ANY, EVENTS_TRACK, EVENTS_TRACK_BULK, KEY, USERS_BULK_UPDATE, USERS_UPDATE  # noqa: F401
+from lab.standin import ANY
+from lab.standin_project import (
+    EVENTS_TRACK,
+    EVENTS_TRACK_BULK,
+    KEY,
+    USERS_BULK_UPDATE,
+    USERS_GET_FIELDS,
+    USERS_UPDATE,
+    make_answer,
+    make_document,
+)
+
+__all__ = [
+    "ANY",
+    "EVENTS_TRACK",
+    "EVENTS_TRACK_BULK",
+    "KEY",
+    "UNASKED_ANSWER",
+    "USERS_BULK_UPDATE",
+    "USERS_GET_FIELDS",
+    "USERS_UPDATE",
+    "StandIn",
+    "Trap",
+    "describe",
+]
 
 Certificate = Literal["good", "expired", "self-signed", "wrong-name"]
+IdentifyBy = Literal["email", "userId", "hybrid"]
+
+TESTS = Path(__file__).resolve().parent.parent
+
+UNASKED_ANSWER = make_answer(
+    409, make_document("ForgottenUserError", "The answer to no call")
+).decode("latin-1")
+"""A whole answer that no call asked for: `fault(extra=UNASKED_ANSWER)`."""
 
 
 class StandIn(contextlib.AbstractContextManager["StandIn"]):
-    """A stand-in in a process of its own. `url` is its base URL, `ca_file` the authority of its certificate."""
+    """A stand-in in a process of its own.
 
-    def __init__(self, *, tls: Certificate | None = None, key: str = KEY, **settings: Any) -> None:
+    Args:
+        tls: The kind of certificate. None: no TLS.
+        key: The API key that it takes.
+        identify_by: The kind of project.
+        settings: Those of `standin_project.Settings`.
+
+    Attributes:
+        url: The base URL.
+        ca_file: The authority of its certificate.
+    """
+
+    def __init__(
+        self,
+        *,
+        tls: Certificate | None = None,
+        key: str = KEY,
+        identify_by: IdentifyBy = "email",
+        **settings: Any,
+    ) -> None:
         self.key = key
         self._lock = threading.Lock()
         self._folder = tempfile.TemporaryDirectory(prefix="standin-")
         self.ca_file = Path(self._folder.name, "ca.pem")
+        options = {"key": key, "identify_by": identify_by, **settings}
         if tls:
-            settings["tls"] = [str(write_certificates(tls, self.ca_file))]
-        command = [sys.executable, str(Path(__file__).with_name("standin.py")), json.dumps({"key": key, **settings})]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.port = json.loads(self._process.stdout.readline())["port"]
-        self.url = f"https://localhost:{self.port}" if tls else f"http://127.0.0.1:{self.port}"
+            options["tls"] = [str(write_certificates(tls, self.ca_file))]
+        command = [sys.executable, "-m", "lab.standin", json.dumps(options)]
+        self._process = subprocess.Popen(
+            command,
+            cwd=TESTS,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdin
+        assert self._process.stdout
+        self._questions = self._process.stdin
+        self._answers = self._process.stdout
+        self.port: int = json.loads(self._answers.readline())["port"]
+        host = "https://localhost" if tls else "http://127.0.0.1"
+        self.url = f"{host}:{self.port}"
 
     def __exit__(self, *_: object) -> None:
-        self._process.stdin.close()
-        self._process.stdout.close()
+        self._questions.close()
+        self._answers.close()
         self._process.wait(timeout=10)
         self._folder.cleanup()
 
     def _ask(self, method: str, **keywords: Any) -> Any:
-        """Raises ValueError with the stand-in's text when it cannot be done."""
+        """Raise ValueError with the stand-in's text when it cannot be done."""
+        question = json.dumps([method, keywords])
         with self._lock:
-            print(json.dumps([method, keywords]), file=self._process.stdin, flush=True)
-            done, answer = json.loads(self._process.stdout.readline())
+            print(question, file=self._questions, flush=True)
+            done, answer = json.loads(self._answers.readline())
         if not done:
             raise ValueError(answer)
         return answer
 
     def reset(self) -> None:
-        """Forget users, events, calls and faults; the settings are those of the start again."""
+        """Forget users, events, calls and faults; take the settings of the start."""
         self._ask("reset")
 
     def configure(self, **settings: Any) -> None:
-        """Change some of standin.Settings."""
+        """Change some of `standin_project.Settings`."""
         self._ask("configure", **settings)
 
-    def fault(self, action: str = "reply", *, body: str | bytes = "", **rule: Any) -> None:
-        """Let calls go wrong as standin.Fault says; `body` is its content.
+    def fault(
+        self,
+        action: str = "reply",
+        *,
+        body: str | bytes = "",
+        user: str | None = None,
+        users: Sequence[str] | None = None,
+        **keywords: Any,
+    ) -> None:
+        """Let calls go wrong, see `standin.Fault`.
 
-        Of several rules for one call the first that strikes is the only one, so rules with `times=1` are a sequence.
+        Of all faults that concern a call the first one strikes, and no other. So
+        faults with `times=1` are a sequence.
+
+        Args:
+            action: See `standin.Fault`.
+            body: Its content.
+            user: Short for `users=[user]`.
+            users: Only calls that have one of these are concerned.
+            keywords: See `standin.Fault`.
         """
         content = body.encode() if isinstance(body, str) else body
-        self._ask("fault", action=action, content=content.decode("latin-1"), **rule)
+        if user is not None:
+            users = [user]
+        self._ask(
+            "fault",
+            action=action,
+            content=content.decode("latin-1"),
+            users=users,
+            **keywords,
+        )
+
+    def poison(self, *users: str, status: int = 500) -> None:
+        """Answer each call that has one of these users with an error, for ever."""
+        document = make_document("GenericError", "An error occurred")
+        self.fault(status=status, users=users, body=json.dumps(document))
+
+    def clear_faults(self) -> None:
+        """Let nothing go wrong any more."""
+        self._ask("clear_faults")
 
     def state(self) -> dict[str, Any]:
-        """Everything it holds.
+        """Return everything it holds.
 
-        users, events   {address: fields}, {id: {"email", "eventName", "createdAt", "dataFields", ...}}
-        journal         in the order of arrival, {"t", "endpoint", "email", "event_id", "emails", "status"}
-        accepted        {endpoint: {address or event id: how often it was taken}}, of bulk endpoints too
-        violations      sentences, one for each request that no correct program sends
-        last_headers    of the last request, names in lower case
-        counters        what `counters` gives
+        A user's name is the address in lower case, or the userId.
+
+        users         {name: fields}
+        events        {id: {"email" or "userId", "eventName", "createdAt", ...}}
+        journal       in the order of arrival, {"t": time.monotonic(), "endpoint",
+                      "user", "event_id": None for groups, "users", "status"}; users
+                      as they were sent
+        accepted      {endpoint: {name or event id: how often it was taken}}, also for
+                      bulk endpoints
+        violations    a sentence for each request that no correct program sends
+        last_headers  of the last request, names in lower case
+        counters      see `counters`
         """
-        return {**self._ask("state"), "counters": self.counters()}
+        state: dict[str, Any] = self._ask("state")
+        return {**state, "counters": self.counters()}
 
     def counters(self) -> dict[str, Any]:
-        """`calls`, {endpoint: number}; `answers`, {endpoint: {status: number}}; `throttled`, those of status 429;
-        `connections`; `busiest_second`, {endpoint: the most calls that ever arrived within one second}."""
-        counters = self._ask("counters")
-        answers = counters["answers"].items()  # JSON has made texts of the statuses
-        return {**counters, "answers": {endpoint: {int(s): n for s, n in each.items()} for endpoint, each in answers}}
+        """Return how often it was called.
 
-    def wait_for_calls(self, count: int, endpoint: str = ANY, timeout: float = 10.0) -> None:
-        """Return when so many calls have arrived since the start or reset. Raises TimeoutError."""
+        calls           {endpoint: number}
+        answers         {endpoint: {status: number}}
+        throttled       the number of answers 429
+        connections     the number of connections
+        busiest_second  {endpoint: the most calls that arrived within any one second}
+        """
+        counters: dict[str, Any] = self._ask("counters")
+        answers = {}
+        for endpoint, statuses in counters["answers"].items():
+            # JSON has made texts of the statuses.
+            answers[endpoint] = {int(status): statuses[status] for status in statuses}
+        return {**counters, "answers": answers}
+
+    def count_calls(self, endpoint: str = ANY) -> int:
+        """Return how many calls have arrived since the start or reset."""
+        calls: dict[str, int] = self._ask("counters")["calls"]
+        if endpoint == ANY:
+            return sum(calls.values())
+        return calls.get(endpoint, 0)
+
+    def wait_for_calls(
+        self, count: int, endpoint: str = ANY, timeout: float = 10.0
+    ) -> None:
+        """Return when so many calls have arrived. Raise TimeoutError."""
         end = time.monotonic() + timeout
-        while sum(n for each, n in self._ask("counters")["calls"].items() if endpoint in (ANY, each)) < count:
+        while self.count_calls(endpoint) < count:
             if time.monotonic() > end:
-                raise TimeoutError(f"fewer than {count} calls of {endpoint} in {timeout} s")
+                raise TimeoutError(f"{endpoint}: not {count} calls in {timeout} s")
             time.sleep(0.005)
 
 
 def write_certificates(kind: Certificate, ca_file: Path) -> Path:
-    """Write the authority that clients trust, and a file with the server's key and certificate, which is returned."""
-    import trustme  # here, because the demo has none of the tests' packages
+    """Write the certificate of the authority that clients trust into `ca_file`.
+
+    Return a file beside it with the server's key and certificate.
+    """
+    import trustme  # noqa: PLC0415  The demo has none of the tests' packages.
 
     authority = trustme.CA()
     ca_file.write_bytes(authority.cert_pem.bytes())
-    names = ["elsewhere.example"] if kind == "wrong-name" else ["localhost", "127.0.0.1"]
-    end = datetime.now(timezone.utc) + timedelta(days=-1 if kind == "expired" else 30)
-    leaf = authority.issue_cert(*names, not_before=end - timedelta(days=90), not_after=end)
+    names = ["localhost", "127.0.0.1"]
+    if kind == "wrong-name":
+        names = ["elsewhere.example"]
+    days_left = -1 if kind == "expired" else 30
+    end = datetime.now(timezone.utc) + timedelta(days=days_left)
+    start = end - timedelta(days=90)
+    leaf = authority.issue_cert(*names, not_before=start, not_after=end)
     content = leaf.private_key_and_cert_chain_pem.bytes()
     if kind == "self-signed":  # as is the certificate of every authority
         stranger = trustme.CA()
         content = stranger.private_key_pem.bytes() + stranger.cert_pem.bytes()
-    ca_file.with_name("server.pem").write_bytes(content)
-    return ca_file.with_name("server.pem")
+    server_file = ca_file.with_name("server.pem")
+    server_file.write_bytes(content)
+    return server_file
 
 
 class Trap(socketserver.ThreadingTCPServer):
-    """A TCP server that keeps each byte it gets in `received`, and never answers: where a redirect must not lead."""
+    """A TCP server that never answers: where a redirect must not lead.
+
+    Attributes:
+        received: Each byte that it got.
+        connections: The number of connections.
+    """
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
-        self.received, self.connections, self.port = b"", 0, self.server_address[1]
+        self.received = b""
+        self.connections = 0
+        self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        serving = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)
+        serving.start()
 
     def finish_request(self, request: Any, client_address: Any) -> None:
+        """Keep what a client sends, until it leaves."""
         self.connections += 1
         with contextlib.suppress(ConnectionError):
             while data := request.recv(65536):
                 self.received += data
 
     def server_close(self) -> None:
+        """End the thread as well."""
         self.shutdown()
         super().server_close()
 
 
 def describe(state: dict[str, Any]) -> str:
-    """The users and events of a state, as text for a newcomer."""
-    lines = [f"Users in the stand-in for Iterable: {len(state['users'])}"]
-    for email, fields in state["users"].items():
-        lines += ["", f"  {email}", *in_columns(fields)]
-    lines += ["", f"Events in the stand-in for Iterable: {len(state['events'])}"]
-    for event_id, event in state["events"].items():
-        at = datetime.fromtimestamp(event["createdAt"], timezone.utc)
-        lines += ["", f"  {event_id}: {event['eventName']} of {event['email']} at {at:%Y-%m-%d %H:%M:%S} UTC"]
-        lines += in_columns(event.get("dataFields", {}))
+    """Return the users and events of a state, as text for a newcomer."""
+    users = state["users"]
+    events = state["events"]
+    lines = [f"Users in the stand-in for Iterable: {len(users)}"]
+    for name, fields in users.items():
+        lines += ["", f"  {name}", *format_fields(fields)]
+    lines += ["", f"Events in the stand-in for Iterable: {len(events)}"]
+    for event_id, event in events.items():
+        lines += ["", f"  {event_id}: {format_event(event)}"]
+        lines += format_fields(event.get("dataFields", {}))
     return "\n".join(lines)
 
 
-def in_columns(fields: dict[str, Any]) -> list[str]:
+def format_event(event: dict[str, Any]) -> str:
+    user = event.get("email") or event["userId"]
+    at = datetime.fromtimestamp(event["createdAt"], timezone.utc)
+    return f"{event['eventName']} of {user} at {at:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def format_fields(fields: dict[str, Any]) -> list[str]:
+    """Return a line for each field, in columns."""
     width = max(map(len, fields), default=0)
-    return [f"    {name:<{width}}  {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items()]
+    lines = []
+    for name, value in fields.items():
+        shown = json.dumps(value, ensure_ascii=False)
+        lines.append(f"    {name:<{width}}  {shown}")
+    return lines
