@@ -26,7 +26,7 @@ from mysql.connector.network import MySQLTCPSocket
 
 CONNECT_TIMEOUT = 10  # seconds, for the connection and for each answer of the login
 QUERY_TIMEOUT = 600  # seconds without a byte from the server
-ROWS_AT_ONCE = 1000  # one by one takes longer; unread rows take 1.2 KB each
+ROWS_AT_ONCE = 1000  # one by one takes longer; before parsing a row takes 1.2 KB
 IDS_AT_ONCE = 1000  # customers looked up by one statement
 
 # https://dev.mysql.com/doc/connector-python/en/connector-python-connectargs.html
@@ -147,6 +147,7 @@ class DatabaseConnection:
             self._config["ssl_verify_cert"] = True
             self._config["ssl_verify_identity"] = True
         self._connection = MySQLConnection()
+        # The connector has no option for this.
         self._connection._authenticator = _Authenticator()
         self._is_logged_in = False
 
@@ -210,7 +211,11 @@ class DatabaseConnection:
         `sql` is the query `customers_by_id`. Its ids are given as text, which a server
         converts to the type of the column, so that it can use the index.
         """
-        wanted = [str(customer_id) for customer_id in ids]
+        # An id that is no text in UTF-8, of a damaged results file, is in no table.
+        texts = [str(customer_id) for customer_id in ids]
+        wanted = [
+            text for text in texts if text.encode(errors="ignore").decode() == text
+        ]
         found: dict[str, Value] = {}
         for start in range(0, len(wanted), IDS_AT_ONCE):
             some = wanted[start : start + IDS_AT_ONCE]
@@ -266,7 +271,8 @@ def _require_names(query: str, found: Sequence[str], wanted: Sequence[str]) -> N
     if found != wanted:
         names = ", ".join(wanted)
         raise QueryFileError(
-            f"The query {query} must return {names}: restore phase2_queries.sql"
+            f"The query {query} must return {names}:"
+            " phase2_queries.sql and db_connection.py must agree"
         )
 
 
@@ -385,7 +391,7 @@ def _parse_text(value: bytes) -> str:
 
 def _parse_repeated_text(value: bytes) -> str:
     """Return the same object for equal texts, so that many rows take little memory."""
-    return sys.intern(value.decode(errors="surrogateescape"))
+    return sys.intern(_parse_text(value))
 
 
 def _parse_json(value: bytes) -> str | None:
@@ -444,7 +450,6 @@ _Phase: TypeAlias = Literal["connection", "login", "query"]
 _DRIVER_ERRORS = (
     errors.Error,
     AttributeError,
-    ImportError,
     IndexError,
     OSError,
     ValueError,
@@ -454,7 +459,7 @@ _DRIVER_ERRORS = (
 
 def _explain(error: Exception, phase: _Phase) -> str:
     """Return what happened and what to do, and the error's own words, in one line."""
-    if isinstance(error, (errors.ReadTimeoutError, errors.WriteTimeoutError)):
+    if isinstance(error, errors.ReadTimeoutError):
         return (
             f"The database was silent for {QUERY_TIMEOUT} s:"
             " look for locks, and for a missing index"
@@ -481,11 +486,12 @@ def _advise(error: Exception, phase: _Phase) -> str:
     cause = error.__cause__
     if isinstance(cause, ssl.SSLCertVerificationError):
         return _CERTIFICATE_ADVICE.get(cause.verify_code, _UNTRUSTED_CERTIFICATE)
-    if isinstance(cause, ssl.SSLError):
+    if phase == "login" and isinstance(cause, (ssl.SSLError, PermissionError)):
         return _TLS_FAILED
     if isinstance(cause, socket.gaierror):
         return "The host name is not known: check DB_HOST, and this computer's DNS"
-    if isinstance(error, errors.NotSupportedError):
+    # The connector lacks the login method, or a package for it.
+    if isinstance(error, (errors.NotSupportedError, errors.ProgrammingError)):
         return _UNKNOWN_METHOD
     if str(error).endswith(" requires SSL"):  # of a login method
         return _CLEAR_TEXT_LOGIN
@@ -510,8 +516,8 @@ _UNKNOWN_METHOD = (
     " mysql_native_password or caching_sha2_password"
 )
 _TLS_FAILED = (
-    "The encrypted connection failed: check that DB_SSL_CA is a file of certificates"
-    " in PEM, and the server's TLS versions"
+    "The encrypted connection failed: check that DB_SSL_CA is a readable file of"
+    " certificates in PEM, and the server's TLS versions"
 )
 
 # By X509_V_ERR_..., https://docs.openssl.org/master/man1/openssl-verification-options
@@ -570,8 +576,6 @@ _ADVICE = {
     1053: _LATER,  # the server is shutting down
     1205: _LATER,  # waited too long for a lock
     1317: _LATER,  # the query was cancelled
-    1927: _LATER,  # the connection was ended, on MariaDB
-    3032: _LATER,  # the server is offline for maintenance
     1129: (
         "The database has blocked this computer after failed connections: run"
         " mysqladmin flush-hosts"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import http.client
+import io
 import itertools
 import json
 import logging
@@ -51,18 +52,13 @@ FILE_ONLY = {"destination": "file"}
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A path of the API.
-
-    `limit` is the number of calls a second that Iterable allows a project.
-    `items_key` names the list in the body of a bulk endpoint. `starts_user` says that
-    its call is the first of a user, so none may start when the run is ending.
-    """
+    """A path of the API."""
 
     path: str
-    limit: int
+    limit: int  # calls a second that Iterable allows a project
     method: str = "POST"
-    items_key: str = ""
-    starts_user: bool = False
+    items_key: str = ""  # of the list in the body of a bulk call
+    starts_user: bool = False  # so no call may begin when the run is ending
 
 
 USERS_UPDATE = Endpoint("users/update", limit=500, starts_user=True)
@@ -149,16 +145,13 @@ def identify(row: Row, identify_by: IdentifyBy) -> Identity:
     if identify_by is IdentifyBy.USER_ID:
         user_id = "" if row["user_id"] is None else str(row["user_id"])
         if not _USER_ID.fullmatch(user_id):
-            raise UnusableRow(
-                "customers.id cannot be a user ID",
-                "it needs 1 to 52 printable ASCII characters, no space at either end",
-            )
+            cure = "it needs 1 to 52 printable ASCII characters, no space at either end"
+            raise UnusableRow("customers.id cannot be a user ID", cure)
         return Identity(identify_by, user_id)
     email = normalize_email(row["email"])
     if "@" not in email or _NOT_UTF8.search(email):
-        raise UnusableRow(
-            "no usable e-mail address", "correct it in the customers table"
-        )
+        cure = "correct it in the customers table"
+        raise UnusableRow("no usable e-mail address", cure)
     return Identity(identify_by, email)
 
 
@@ -170,12 +163,10 @@ def normalize_email(email: object) -> str:
 def make_user_payload(row: Row, identity: Identity) -> dict[str, Any]:
     """Return the body of users/update for a row. Raises UnusableRow."""
     fields: dict[str, Any] = {}
-    if identity.identify_by is IdentifyBy.USER_ID:
-        email = normalize_email(row["email"])
-        if email:
-            fields["email"] = _check_text("email", email)
-    _add_text(fields, "first_name", row)
-    _add_text(fields, "plan_type", row)
+    email = normalize_email(row["email"])
+    if email and identity.identify_by is IdentifyBy.USER_ID:
+        fields["email"] = _check_text("email", email)
+    fields |= _pick_texts(row, "first_name", "plan_type")
     fields["recent_page_view"] = True
     fields["candidate"] = "yes"
     return {identity.identify_by.value: identity.value, "dataFields": fields}
@@ -184,20 +175,20 @@ def make_user_payload(row: Row, identity: Identity) -> dict[str, Any]:
 def make_event_payload(row: Row, identity: Identity) -> dict[str, Any]:
     """Return the body of events/track for a row. Raises UnusableRow.
 
-    `id` and `createdAt` make a repeat harmless: the same view is the same event, at
-    its own time, however often it is sent.
+    `id` and `createdAt` make a repeat harmless: it is the same event at the same time.
     """
+    event_id = f"page-view-{row['view_id']}"
+    if row["view_id"] is None or not _EVENT_ID.fullmatch(event_id):
+        problem = "the view's id cannot be an event's (letters, digits and - only)"
+        raise UnusableRow(problem, "correct it in page_views")
     viewed_at = _parse_event_time(row["event_time"])
-    fields: dict[str, Any] = {}
-    _add_text(fields, "page", row)
-    _add_text(fields, "browser", row)
-    _add_text(fields, "location", row)
+    fields = _pick_texts(row, "page", "browser", "location")
     fields["timestamp"] = viewed_at.strftime("%Y-%m-%d %H:%M:%S")
     fields["candidate"] = "yes"
     return {
         identity.identify_by.value: identity.value,
         "eventName": "page_view",
-        "id": _make_event_id(row["view_id"]),
+        "id": event_id,
         "createdAt": int(viewed_at.timestamp()),
         "dataFields": fields,
     }
@@ -209,16 +200,6 @@ def make_reset_payload(identity: Identity) -> dict[str, Any]:
     return {identity.identify_by.value: identity.value, "dataFields": fields}
 
 
-def _make_event_id(view_id: object) -> str:
-    event_id = f"page-view-{view_id}"
-    if view_id is None or not _EVENT_ID.fullmatch(event_id):
-        raise UnusableRow(
-            "the view's id cannot be an event's (letters, digits and - only)",
-            "correct it in page_views",
-        )
-    return event_id
-
-
 def _parse_event_time(text: object) -> datetime:
     found = _EVENT_TIME.fullmatch(str(text))
     if found:
@@ -226,20 +207,22 @@ def _parse_event_time(text: object) -> datetime:
             return datetime.fromisoformat(f"{found[1]}+00:00")
         except ValueError:
             pass  # a date that no calendar has, such as 0000-00-00
-    raise UnusableRow(
-        "event_time is not a date with a time", "correct the column in page_views"
-    )
+    cure = "correct the column in page_views"
+    raise UnusableRow("event_time is not a date with a time", cure)
 
 
-def _add_text(fields: dict[str, Any], column: str, row: Row) -> None:
-    """Add a column as text. NULL is left out: a null would delete Iterable's field."""
-    value = row[column]
-    if value is not None:
-        fields[column] = _check_text(column, str(value))
+def _pick_texts(row: Row, *columns: str) -> dict[str, str]:
+    """Return columns as text, without NULL: a null would delete Iterable's field."""
+    values = {column: row[column] for column in columns}
+    return {
+        column: _check_text(column, str(value))
+        for column, value in values.items()
+        if value is not None
+    }
 
 
 def _check_text(column: str, text: str) -> str:
-    if not text.isascii() and _NOT_UTF8.search(text):
+    if _NOT_UTF8.search(text):
         raise UnusableRow(f"{column} is no text in UTF-8", "change the column's type")
     return text
 
@@ -252,33 +235,21 @@ DISALLOWED = "is disallowed from tracking"  # stands in the `msg` of a 200
 TYPE_CLASH = "RequestFieldsTypesMismatched"
 
 CHECK_URL = "check ITERABLE_API_BASE_URL and the network"
-NOT_ITERABLE = (
-    "this is not Iterable's API: check ITERABLE_API_BASE_URL, and any proxy between"
-)
-BROKEN = f"the connection broke before the answer was whole: {CHECK_URL}"
-REDIRECT = f"a redirect, which is never followed: {NOT_ITERABLE}"
-IN_TROUBLE = (
-    "Iterable is in trouble: run again later, and see https://status.iterable.com"
-)
-THROTTLED = (
-    "the project's rate limit was used up: lower ITERABLE_RATE_LIMIT,"
-    " or run when less else writes"
-)
 CHECK_KEY = (
     "check ITERABLE_API_KEY (a server-side key of this project, not disabled),"
     " and that ITERABLE_API_BASE_URL is that of its region:"
     " https://api.iterable.com (US) or https://api.eu.iterable.com (EU)"
 )
-SAME_IDENTITY = (
-    "another user of the project has this identity: merge the two in Iterable"
+NOT_ITERABLE = (
+    "this is not Iterable's API: check ITERABLE_API_BASE_URL, and any proxy between"
 )
-NOT_TRACKED = (
-    "tracking is switched off for this user or event: see the project's settings"
-    " in Iterable"
-)
+BROKEN = f"the connection broke before the answer was whole: {CHECK_URL}"
 TOO_SLOW = (
     "no answer in time: Iterable is slow or out of reach;"
     " ITERABLE_TIMEOUT is the time it gets"
+)
+SAME_IDENTITY = (
+    "another user of the project has this identity: merge the two in Iterable"
 )
 ADVICE_BY_CODE = {
     "InvalidEmailAddressError": (
@@ -295,34 +266,32 @@ ADVICE_BY_CODE = {
 
 @dataclass(frozen=True, slots=True)
 class CallResult:
-    """How a call ended, all its attempts included. It holds no secret.
-
-    `status` is None when there was no answer. `message` is Iterable's own `msg`, or
-    what happened instead. `reason` says it in words that a person can act on, without
-    anything particular to the user, so that equal reasons can be counted together.
-    `body` is the beginning of the answer. `is_refused_key` says that Iterable itself
-    does not accept the API key, `is_unexpected` that an error of this program came.
-    """
+    """How a call ended, all its attempts included. It holds no secret."""
 
     endpoint: str
     ok: bool
-    status: int | None = None
+    status: int | None = None  # None if there was no answer
     code: str | None = None
-    message: str = ""
+    message: str = ""  # Iterable's `msg`, or what happened instead
+    # Why it failed and what to do, the same for all users with whom it is the same.
     reason: str = ""
-    body: str = ""
+    body: str = ""  # the beginning of the answer to a call that failed
     attempts: int = 1
     is_retryable: bool = False
-    is_refused_key: bool = False
-    is_unexpected: bool = False
+    is_refused_key: bool = False  # in Iterable's own words
+    is_unexpected: bool = False  # an error of this program
+    # The identities that the answer to a group confirms. The others were not delivered
+    # if it is `ok`; if not, nothing is known about any of them.
+    confirmed: frozenset[str] = frozenset()
+    dropped_fields: frozenset[str] = frozenset()  # those the project does not take
+    fields: tuple[tuple[str, str], ...] = ()  # of users/getFields, with their types
 
     @property
     def headline(self) -> str:
         """The call as the log names it."""
-        if self.ok and self.code:
-            return f"{self.endpoint} call successful: {self.code}"
         if self.ok:
-            return f"{self.endpoint} call successful"
+            code = f": {self.code}" if self.code else ""
+            return f"{self.endpoint} call successful{code}"
         if self.is_unexpected:
             return f"Unexpected error in {self.endpoint}"
         if self.status is None:
@@ -342,87 +311,60 @@ class CallResult:
         return self.ok or (self.code is not None and not self.is_retryable)
 
 
-@dataclass(frozen=True, slots=True)
-class GroupResult(CallResult):
-    """How a bulk call ended that got an answer.
+def interpret(
+    endpoint: Endpoint, status: int, text: str, identities: Sequence[Identity] = ()
+) -> CallResult:
+    """Return what an answer means. The reason does not name these `identities`.
 
-    If it is `ok`, the users in `confirmed` (the values of their identities) were
-    delivered, and the others were not. If not, nothing is known about any of them.
-    """
-
-    confirmed: frozenset[str] = frozenset()
-    dropped_fields: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class FieldsResult(CallResult):
-    """The answer of users/getFields: the type of each field that users have."""
-
-    fields: tuple[tuple[str, str], ...] = ()
-
-
-def interpret(endpoint: Endpoint, status: int, text: str) -> CallResult:
-    """Return what an answer means.
-
-    Only a status of 2xx with the code Success is a success: Iterable answers some
-    refusals with one of the two.
+    Only a 2xx with the code Success is a success: some refusals have one of the two.
     """
     answer = _parse_object(text)
     code = _get_text(answer, "code")
-    message = _get_text(answer, "msg") or ""
-    is_success = status // 100 == 2 and code == "Success"
-    if is_success and DISALLOWED not in message:
-        return CallResult(
-            endpoint.path, ok=True, status=status, code=code, message=message
-        )
-    is_clash = code == TYPE_CLASH
-    return CallResult(
-        endpoint.path,
-        ok=False,
-        status=status,
-        code=code or None,
-        message=message,
-        reason=_explain_refusal(status, answer),
+    message = _get_text(answer, "msg")
+    ok = status // 100 == 2 and code == "Success" and DISALLOWED not in message
+    result = CallResult(endpoint.path, ok, status, code or None, message)
+    if ok:
+        return result
+    for identity in identities:
+        message = _hide(identity, message)
+    return replace(
+        result,
+        reason=_explain_refusal(status, answer, message),
         body=_unescape(text, answer),
         # Iterable has answered type clashes with a 500.
-        is_retryable=status in RETRYABLE_STATUSES and not is_clash,
-        is_refused_key=status in (401, 403) and _is_from_iterable(answer),
+        is_retryable=status in RETRYABLE_STATUSES and code != TYPE_CLASH,
+        is_refused_key=_is_key_refused(status, answer),
     )
 
 
 def interpret_group(
     endpoint: Endpoint, status: int, text: str, identities: Sequence[Identity]
-) -> GroupResult:
+) -> CallResult:
     """Return what the answer to a bulk call means for these users.
 
     It is believed only when its counts add up with the users that its lists name.
     """
+    if status // 100 != 2:
+        # Without the code, which says nothing about one user.
+        return replace(interpret(endpoint, status, text), code=None)
     answer = _parse_object(text)
     sent = {identity.value for identity in identities}
     failed = sent & _find_named_users(answer, identities[0].identify_by)
-    expected_counts = (len(sent) - len(failed), len(failed))
     counts = (answer.get("successCount"), answer.get("failCount"))
-    is_success = status // 100 == 2
-    if is_success and counts == expected_counts and not _is_refused(answer, text):
-        return GroupResult(
-            endpoint.path,
-            ok=True,
-            status=status,
-            confirmed=frozenset(sent - failed),
-            dropped_fields=_find_dropped_fields(answer),
-        )
-    as_single = interpret(endpoint, status, text)
-    # Without a code: that of a bulk answer says nothing about one user.
-    return GroupResult(
-        endpoint.path,
-        ok=False,
-        status=status,
-        message=as_single.message,
-        reason="the answer does not add up" if is_success else as_single.reason,
-        body=_unescape(text, answer),
-        is_retryable=as_single.is_retryable,
-        is_refused_key=as_single.is_refused_key,
-    )
+    adds_up = counts == (len(sent) - len(failed), len(failed))
+    if answer.get("disallowedEventNames") or DISALLOWED in text:
+        adds_up = False
+    if answer.get("code", "Success") != "Success":
+        adds_up = False
+    result = CallResult(endpoint.path, adds_up, status)
+    if adds_up:
+        confirmed = frozenset(sent - failed)
+        dropped = frozenset(_get_texts(answer.get("filteredOutFields")))
+        return replace(result, confirmed=confirmed, dropped_fields=dropped)
+    message = _get_text(answer, "msg")
+    reason = "the answer does not add up"
+    body = _unescape(text, answer)
+    return replace(result, message=message, reason=reason, body=body)
 
 
 def interpret_fields(status: int, text: str) -> CallResult:
@@ -430,37 +372,22 @@ def interpret_fields(status: int, text: str) -> CallResult:
     fields = _parse_object(text).get("fields")
     if status // 100 == 2 and isinstance(fields, dict):
         types = tuple((name, str(type_name)) for name, type_name in fields.items())
-        return FieldsResult(USERS_GET_FIELDS.path, ok=True, status=status, fields=types)
+        return CallResult(USERS_GET_FIELDS.path, ok=True, status=status, fields=types)
     return interpret(USERS_GET_FIELDS, status, text)
-
-
-def _is_refused(answer: dict[str, Any], text: str) -> bool:
-    """Whether a bulk answer refuses something although its counts may add up."""
-    if answer.get("disallowedEventNames") or DISALLOWED in text:
-        return True
-    return "code" in answer and bool(answer["code"] != "Success")
-
-
-def _find_dropped_fields(answer: dict[str, Any]) -> frozenset[str]:
-    """Return the fields that a bulk answer says the project does not take."""
-    fields = answer.get("filteredOutFields")
-    if not isinstance(fields, list):
-        return frozenset()
-    return frozenset(field for field in fields if isinstance(field, str))
 
 
 def _find_named_users(answer: dict[str, Any], identify_by: IdentifyBy) -> set[str]:
     """Return the users whom the lists of a bulk answer name.
 
-    A list named conflict... is left out. It names the other user of a conflict, who may
+    Not those named conflict..., which name the other user of a conflict: that one may
     be in this group and delivered.
     """
-    lists = [*answer.items(), *_get_items(answer.get("failedUpdates"))]
     named: set[str] = set()
-    for key, values in lists:
-        if not isinstance(values, list) or key.startswith("conflict"):
+    failed_updates = _as_object(answer.get("failedUpdates"))
+    for key, value in [*answer.items(), *failed_updates.items()]:
+        if key.startswith("conflict"):
             continue
-        texts = {value for value in values if isinstance(value, str)}
+        texts = _get_texts(value)
         if identify_by is IdentifyBy.EMAIL:
             named |= {text.lower() for text in texts}
         elif key.endswith("UserIds"):  # any text could be a user ID
@@ -468,27 +395,27 @@ def _find_named_users(answer: dict[str, Any], identify_by: IdentifyBy) -> set[st
     return named
 
 
-def _get_items(value: object) -> list[tuple[str, Any]]:
-    return list(value.items()) if isinstance(value, dict) else []
-
-
-def _is_from_iterable(answer: dict[str, Any]) -> bool:
-    """Whether it has the form of Iterable's own answers, and not a firewall's."""
-    return bool(_get_text(answer, "code")) and _get_text(answer, "msg") is not None
-
-
 def _parse_object(text: str) -> dict[str, Any]:
     """Return the JSON object in a text, or an empty one."""
     try:
-        answer = json.loads(text)
+        return _as_object(json.loads(text))
     except (ValueError, RecursionError):
         return {}
-    return answer if isinstance(answer, dict) else {}
 
 
-def _get_text(answer: dict[str, Any], key: str) -> str | None:
+def _as_object(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _get_texts(value: object) -> set[str]:
+    """Return the texts in a list; none if it is no list."""
+    items = value if isinstance(value, list) else []
+    return {item for item in items if isinstance(item, str)}
+
+
+def _get_text(answer: dict[str, Any], key: str) -> str:
     value = answer.get(key)
-    return value if isinstance(value, str) else None
+    return value if isinstance(value, str) else ""
 
 
 def _unescape(text: str, answer: dict[str, Any]) -> str:
@@ -498,45 +425,62 @@ def _unescape(text: str, answer: dict[str, Any]) -> str:
     return text
 
 
-def _explain_refusal(status: int, answer: dict[str, Any]) -> str:
+def _hide(identity: Identity, text: str) -> str:
+    """Return a text without the user, so that equal ones can be counted together."""
+    name = rf"(?<![\w.@-]){re.escape(identity.value)}(?!\.?[\w@-])"
+    return re.sub(name, f"<{identity.identify_by.value}>", text)
+
+
+def _is_key_refused(status: int, answer: dict[str, Any]) -> bool:
+    """Whether Iterable refuses the key, and not a firewall the request."""
+    is_from_iterable = _get_text(answer, "code") and isinstance(answer.get("msg"), str)
+    return status in (401, 403) and bool(is_from_iterable)
+
+
+def _explain_refusal(status: int, answer: dict[str, Any], message: str) -> str:
     """Return in words why a call failed, from the most to the least specific."""
     code = _get_text(answer, "code")
-    message = _get_text(answer, "msg") or ""
     if code == TYPE_CLASH:
         return _explain_type_clash(answer)
     if DISALLOWED in message:
-        return NOT_TRACKED
+        return (
+            "tracking is switched off for this user or event: see the project's"
+            " settings in Iterable"
+        )
     if code in ADVICE_BY_CODE:
         return ADVICE_BY_CODE[code]
     if 300 <= status < 400:
-        return REDIRECT
+        return f"a redirect, which is never followed: {NOT_ITERABLE}"
     if status == 429:
-        return THROTTLED
+        return (
+            "the project's rate limit was used up: lower ITERABLE_RATE_LIMIT,"
+            " or run when less else writes"
+        )
     if status in RETRYABLE_STATUSES:
-        return IN_TROUBLE
-    is_key_refused = status in (401, 403)
-    if not code or (is_key_refused and not _is_from_iterable(answer)):
-        return NOT_ITERABLE
-    if is_key_refused:
+        advice = "run again later, and see https://status.iterable.com"
+        return f"Iterable is in trouble: {advice}"
+    if _is_key_refused(status, answer):
         words = f' ("{message}")' if message else ""
         return f"Iterable refused the API key{words}: {CHECK_KEY}"
+    if not code or status in (401, 403):
+        return NOT_ITERABLE
     return message or "Iterable does not say why"
 
 
 def _explain_type_clash(answer: dict[str, Any]) -> str:
     """Return which field has another type in Iterable than the value that was sent."""
-    params = answer.get("params")
-    errors = params.get("validationErrors") if isinstance(params, dict) else None
-    sentences = []
-    for field, facts in _get_items(errors):
-        expected = facts.get("expectedType") if isinstance(facts, dict) else None
-        sent = facts.get("incomingTypes") if isinstance(facts, dict) else None
+    errors = _as_object(_as_object(answer.get("params")).get("validationErrors"))
+    clashes = []
+    for field, error in errors.items():
+        facts = _as_object(error)
+        expected = facts.get("expectedType")
+        sent = facts.get("incomingTypes")
         if expected and isinstance(sent, list):
             types = " or ".join(str(type_name) for type_name in sent)
-            sentences.append(
+            clashes.append(
                 f"field {field}: Iterable expects {expected}, but {types} was sent"
             )
-    found = "; ".join(sentences) or "a field has another type"
+    found = "; ".join(clashes) or "a field has another type"
     return f"{found}: correct the column, or the field's type in Iterable"
 
 
@@ -544,10 +488,10 @@ def _explain_type_clash(answer: dict[str, Any]) -> str:
 
 
 class RunControl:
-    """Says which calls a run may still start. Safe to use from any thread.
+    """Says which calls a run may still start. Safe in any thread.
 
-    The first call of `end` decides how the run ends. `close` freezes that before the
-    summary is written, so console, results file and exit code agree.
+    The first `end` decides how the run ends. `close` freezes that, so that console,
+    results file and exit code agree.
     """
 
     def __init__(self) -> None:
@@ -578,7 +522,7 @@ class RunControl:
             return self._error
 
     def get_stop(self, endpoint: Endpoint) -> threading.Event:
-        """Return the event that forbids the first attempt of a call, when it is set."""
+        """Return the event that forbids a call to start, when it is set."""
         return self.no_new_users if endpoint.starts_user else self.nothing_more
 
 
@@ -597,16 +541,15 @@ class IterableUnavailable(Exception):
 class RetryPolicy:
     """How often and how soon a call is tried again. Times are in seconds.
 
-    After n failed attempts the wait is
-    uniform(0, min(longest_wait, first_wait * 2**(n - 1)))
-    (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter).
+    The waits double, with full jitter:
+    https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter
     """
 
     max_attempts: int = 5
     first_wait: float = 0.5
     longest_wait: float = 30.0
     longest_retry_after: float = 120.0
-    longest_throttling: float = 300.0
+    longest_throttling: float = 300.0  # with nothing but 429s
 
     def compute_wait(self, failed_attempts: int, retry_after: float | None) -> float:
         """Return the wait after so many failed attempts."""
@@ -617,14 +560,12 @@ class RetryPolicy:
         return random.uniform(0, longest)  # noqa: S311 - jitter is no secret
 
     def parse_retry_after(self, header: str | None) -> float | None:
-        """Return the seconds that a Retry-After header asks for, up to the longest.
+        """Return the seconds that a Retry-After header asks for, or None.
 
-        It is a number of seconds or an HTTP date. None if it asks for no wait.
+        It is a number of seconds or an HTTP date.
         """
-        if header is None:
-            return None
         try:
-            seconds = urllib3.Retry().parse_retry_after(header)
+            seconds = urllib3.Retry().parse_retry_after(header or "")
         except (urllib3_errors.InvalidHeader, ValueError, OverflowError):
             return None
         return min(seconds, self.longest_retry_after) if seconds > 0 else None
@@ -633,30 +574,25 @@ class RetryPolicy:
 class RateLimiter:
     """Spaces the calls of an endpoint evenly over all threads.
 
-    No more than `rate` calls start in any second. After a 429 none starts for a while,
-    and the rate falls to 70 %. It climbs back by 1 % of the full rate a second, because
-    the limit is shared with everything else that writes to the project.
+    After a 429 none starts for a while, and the rate falls to 70 %. It climbs back by
+    1 % of the full rate a second, because others write to the project as well.
     """
 
-    # Seconds added to each second's worth of calls: some take longer than others to
-    # arrive, and Iterable counts arrivals.
+    # Seconds added to each second's worth of calls: Iterable counts arrivals, and some
+    # calls take longer than others to arrive.
     MARGIN = 0.02
-    # The same for 10 calls a second or fewer, where one late call is a tenth of them.
-    SLOW_MARGIN = 0.05
-    # Seconds that a thread which woke up late may make up for.
-    SLACK = 0.005
-    # Seconds without a call after a 429 that does not ask for a longer pause.
-    PAUSE = 0.25
-    # Seconds after which a waiting thread looks whether the run is ending.
-    LONGEST_SLEEP = 0.1
+    SLOW_MARGIN = 0.05  # for 10 calls a second or fewer: one of them weighs more
+    SLACK = 0.005  # seconds that a thread which woke up late may make up for
+    PAUSE = 0.25  # seconds after a 429 that does not ask for any
+    LONGEST_SLEEP = 0.1  # seconds until a thread looks whether the run is ending
 
     def __init__(self, rate: float, run_is_ending: threading.Event) -> None:
         margin = self.MARGIN if rate > 10 else self.SLOW_MARGIN
         self._full_rate = rate / (1 + margin)
         self._fallen_to = self._full_rate
         self._run_is_ending = run_is_ending
-        # Held by the one thread that waits for the next turn. If many waited for it,
-        # some would wake up late and start together.
+        # Held by the one thread that waits for the next turn: of many, some would wake
+        # up late and start together.
         self._turnstile = threading.Lock()
         self._lock = threading.Lock()
         self._next_turn = 0.0  # monotonic seconds, as the next two
@@ -664,10 +600,7 @@ class RateLimiter:
         self._fell_at = 0.0
 
     def wait_for_turn(self, cancelled: threading.Event) -> bool:
-        """Wait until a call may start. Returns False soon after `cancelled` is set.
-
-        When the run is ending, the pause after a 429 is cut short.
-        """
+        """Wait until a call may start. Returns False soon after `cancelled` is set."""
         with self._turnstile:
             while not cancelled.is_set():
                 wait = self._take_turn()
@@ -677,19 +610,19 @@ class RateLimiter:
         return False
 
     def slow_down(self, sent_at: float, retry_after: float | None) -> None:
-        """Pause after a 429 to a call that started at `sent_at` (monotonic seconds).
+        """Pause after a 429 to a call that was sent at `sent_at` (monotonic seconds).
 
         Calls that were in flight when the pause began do not lower the rate again.
         """
         with self._lock:
             now = monotonic()
             is_news = sent_at >= self._paused_until
-            pause = retry_after
-            if pause is None:
-                pause = self.PAUSE if is_news else 0.0
             if is_news and now - self._fell_at >= 1:
                 self._fallen_to = 0.7 * self._compute_rate(now)
                 self._fell_at = now
+            pause = self.PAUSE if is_news else 0.0
+            if retry_after is not None:
+                pause = retry_after
             self._paused_until = max(self._paused_until, now + pause)
             rate = self._compute_rate(now)
         log.debug("429: a pause of %.1f s, then %.1f calls a second", pause, rate)
@@ -699,7 +632,7 @@ class RateLimiter:
         with self._lock:
             now = monotonic()
             start = self._next_turn
-            if not self._run_is_ending.is_set():
+            if not self._run_is_ending.is_set():  # the end cuts the pause
                 start = max(start, self._paused_until)
             if start > now:
                 return start - now
@@ -717,7 +650,7 @@ class RateLimiter:
 CONNECT_TIMEOUT = 10.0  # seconds, or the time-out of a call if that is less
 BLOCK_SIZE = 16_384  # bytes that are sent at once: what one TLS record holds
 LOOK_UP_SECONDS = 30.0  # for which a name's addresses are used again
-LOOK_UP_INTERVAL = 1.0  # seconds between two look-ups at least
+LOOK_UP_INTERVAL = 1.0  # seconds until the next look-up, if there is no connection
 MAX_INTERIM_ANSWERS = 10  # 1xx answers in front of the true one
 MAX_LAPSED_CONNECTIONS = 5  # in a row, before a call is sent
 # Bytes of an answer that are read, besides twice those of the request: the answer to a
@@ -734,7 +667,7 @@ class NoAnswer(Exception):
 
 
 class TurnCancelled(Exception):
-    """The run ended while a call waited for its turn. It was not sent."""
+    """The run ended before a call was sent."""
 
 
 class _ConnectionLapsed(Exception):
@@ -744,16 +677,15 @@ class _ConnectionLapsed(Exception):
 class NameCache:
     """Looks up a host's addresses once for many connections. Safe in any thread.
 
-    A resolver loses answers when hundreds of threads ask it at once. A pool connects to
-    one host only: Iterable's, or the proxy's.
+    A resolver loses answers when hundreds of threads ask at once. All connections of a
+    pool are to one host: Iterable, or the proxy.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._addresses: list[str] = []
-        self._error: socket.gaierror | None = None
-        self._looked_up_at = -math.inf  # monotonic seconds, as the next
-        self._valid_until = -math.inf
+        self._problem = ""
+        self._valid_until = -math.inf  # monotonic seconds
 
     def look_up(self, host: str, port: int) -> list[str]:
         """Return the host's addresses, those that answered last in front.
@@ -763,8 +695,8 @@ class NameCache:
         with self._lock:
             if monotonic() >= self._valid_until:
                 self._ask_resolver(host, port)
-            if self._error is not None:
-                raise self._error
+            if not self._addresses:
+                raise socket.gaierror(self._problem)
             return list(self._addresses)
 
     def put_last(self, address: str) -> None:
@@ -777,30 +709,57 @@ class NameCache:
     def forget(self) -> None:
         """Look up again soon, because no address can be reached."""
         with self._lock:
-            soon = self._looked_up_at + LOOK_UP_INTERVAL
+            soon = monotonic() + LOOK_UP_INTERVAL
             self._valid_until = min(self._valid_until, soon)
 
     def _ask_resolver(self, host: str, port: int) -> None:
+        """Look up. If that fails, old addresses are better than none."""
         family = urllib3.util.connection.allowed_gai_family()
-        self._error = None
         valid_for = LOOK_UP_SECONDS
         try:
             found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
             self._addresses = [str(address[0]) for *_, address in found]
         except (OSError, UnicodeError) as error:
+            self._problem = str(error)
             valid_for = LOOK_UP_INTERVAL
-            if not self._addresses:  # old ones are better than none
-                self._error = socket.gaierror(str(error))
-        self._looked_up_at = monotonic()
-        self._valid_until = self._looked_up_at + valid_for
+        self._valid_until = monotonic() + valid_for
+
+
+class _AnswerReader(io.RawIOBase):
+    """The bytes of an answer, which must all come within the time-out of its socket.
+
+    The socket's own time-out begins anew with each byte, so an answer that drips would
+    hold its thread for ever.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._raw = sock.makefile("rb", buffering=0)
+        self._deadline = monotonic() + (sock.gettimeout() or 0.0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._sock.settimeout(max(self._deadline - monotonic(), 0.001))
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
 class _FinalResponse(http.client.HTTPResponse):
     """An answer without the informational ones (1xx) in front of it.
 
-    A firewall or CDN may send one. http.client takes a 103 for the answer, and then
-    each answer for that to the next request of the connection.
+    A firewall or CDN may send one. http.client would take a 103 for the answer, and
+    each later answer for that to the next request.
     """
+
+    def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
+        super().__init__(sock, *arguments, **options)
+        self.fp.close()
+        self.fp = io.BufferedReader(_AnswerReader(sock))
 
     def begin(self) -> None:
         super().begin()
@@ -816,12 +775,11 @@ class _FinalResponse(http.client.HTTPResponse):
 class _Connection(HTTPConnection):
     """A connection that is open before a call takes its turn.
 
-    Opening takes three round trips. If the turn were taken before, calls would arrive
-    bunched, and Iterable would answer some of them with 429.
+    Opening takes three round trips. After the turn, they would make calls arrive
+    bunched, and Iterable would answer some with 429.
     """
 
     response_class = _FinalResponse
-    _send_deadline: float | None = None
 
     def __init__(self, *arguments: Any, transport: Transport, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -839,23 +797,18 @@ class _Connection(HTTPConnection):
         self._transport.take_turn()
         if self._has_lapsed():
             raise _ConnectionLapsed
-        self._send_deadline = monotonic() + self._transport.timeout
-        try:
-            super().request(*arguments, **options)
-        finally:
-            self._send_deadline = None
+        self.timeout = self._transport.timeout  # for urllib3 that to connect holds on
+        super().request(*arguments, **options)
 
     def send(self, data: Any) -> None:
-        """Send bytes of a request, within `timeout` in all.
+        """Send bytes within the time-out, however many TLS records they take.
 
-        urllib3 would allow it what a connection may take to be opened, and over TLS as
-        much again for each record.
+        The socket's own time-out begins anew with each record.
         """
-        if self._send_deadline is None:  # to a proxy, before there is a request
-            super().send(data)
-            return
+        deadline = monotonic() + self._transport.timeout
         for start in range(0, len(data), BLOCK_SIZE):
-            self.sock.settimeout(max(self._send_deadline - monotonic(), 0.001))
+            if start > 0:
+                self.sock.settimeout(max(deadline - monotonic(), 0.001))
             try:
                 super().send(data[start : start + BLOCK_SIZE])
             except TimeoutError:
@@ -882,11 +835,11 @@ class _Connection(HTTPConnection):
         """
         name = self._dns_host
         names = self._transport.names
+        failure: Exception = urllib3_errors.NewConnectionError(self, "no address")
         try:
             addresses = names.look_up(name, self.port)
         except socket.gaierror as error:
             raise urllib3_errors.NameResolutionError(name, self, error) from error
-        failure: Exception | None = None
         for address in addresses:
             self._dns_host = address
             try:
@@ -897,7 +850,7 @@ class _Connection(HTTPConnection):
             finally:
                 self._dns_host = name
         names.forget()
-        raise failure or urllib3_errors.NewConnectionError(self, "no address")
+        raise failure
 
 
 class _SecureConnection(_Connection, HTTPSConnection):
@@ -914,12 +867,10 @@ class HttpAnswer(NamedTuple):
 
 
 class Transport:
-    """The connections to Iterable: one pool for all threads.
+    """The connections to Iterable: one pool for `size` threads.
 
-    `timeout` is in seconds, for a request to be sent and again for its answer.
-    `size` is the number of threads, and so of connections. Proxy and CA file are those
-    of the environment, settled once (requests looks for them at every call).
-    Raises NetworkSettingsError.
+    `timeout` is in seconds, for a request to be sent and again for its answer. Proxy
+    and CA file are those of the environment. Raises NetworkSettingsError.
     """
 
     def __init__(
@@ -929,20 +880,16 @@ class Transport:
         self.names = NameCache()
         self._headers = headers
         self._host = base_url.partition("://")[2]
-        # The turn of the thread's call, for `_Connection.request`, which urllib3 calls
-        # without any argument of ours.
+        # Of this thread, for `_Connection.request`: urllib3 passes it nothing of ours.
         self._call = threading.local()
         self._pool = _open_pool(base_url, size)
-        is_secure = isinstance(self._pool, urllib3.HTTPSConnectionPool)
+        is_secure = base_url.startswith("https:")
         connection_class = _SecureConnection if is_secure else _Connection
         make_connection: Any = functools.partial(connection_class, transport=self)
         self._pool.ConnectionCls = make_connection
 
     def take_turn(self) -> None:
-        """Wait for the turn of this thread's call, if it has none yet.
-
-        Raises TurnCancelled.
-        """
+        """Wait for the turn of this thread's call, once. Raises TurnCancelled."""
         if self._call.sent_at is None:
             if not self._call.wait_for_turn():
                 raise TurnCancelled
@@ -951,10 +898,10 @@ class Transport:
     def exchange(
         self, endpoint: Endpoint, body: bytes, wait_for_turn: Callable[[], bool]
     ) -> HttpAnswer:
-        """Send one request and return its answer. The one place where bytes leave.
+        """Send one request and return its answer.
 
-        `wait_for_turn` is called when the connection is open; the call is sent only if
-        it returns True. Raises NoAnswer, TurnCancelled.
+        `wait_for_turn` is called when the connection is open; the request is sent only
+        if it returns True. Raises NoAnswer, TurnCancelled.
         """
         self._call.wait_for_turn = wait_for_turn
         self._call.sent_at = None
@@ -969,8 +916,7 @@ class Transport:
             except (urllib3_errors.HTTPError, OSError) as error:
                 raise NoAnswer(BROKEN) from error
             retry_after = response.headers.get("Retry-After")
-            sent_at = self._call.sent_at
-            return HttpAnswer(response.status, text, retry_after, sent_at)
+            return HttpAnswer(response.status, text, retry_after, self._call.sent_at)
         raise NoAnswer(BROKEN)
 
     def _open_response(
@@ -989,15 +935,10 @@ class Transport:
         )
 
     def _read(self, response: urllib3.BaseHTTPResponse, max_bytes: int) -> str:
-        """Return the body, or its beginning. The status of a refusal is enough.
-
-        The socket's time-out begins anew with each byte, so a body that drips would
-        hold its thread for ever; hence a deadline for all of it.
-        """
+        """Return the body, or its beginning: the status of a refusal is enough."""
         content = b""
-        deadline = monotonic() + self.timeout
-        # Leaving the block closes the connection, unless the answer was read to its
-        # end: then the connection is in the pool by now.
+        # Leaving the block closes a connection that is not in the pool again, because
+        # the answer was not read to its end.
         with response:
             try:
                 while len(content) < max_bytes:
@@ -1005,8 +946,6 @@ class Transport:
                     if not block:
                         break
                     content += block
-                    if monotonic() > deadline:
-                        raise urllib3_errors.TimeoutError
             except urllib3_errors.HTTPError:
                 if response.status < 300:
                     raise
@@ -1051,28 +990,20 @@ class NetworkSettingsError(Exception):
 
 def _open_pool(base_url: str, size: int) -> urllib3.HTTPConnectionPool:
     context = _make_tls_context()
+    options: dict[str, Any] = {"ssl_context": context, "maxsize": size}
     proxy = select_proxy(base_url, get_environ_proxies(base_url))
     if not proxy or base_url.startswith("http:"):
         # Plain http is for this machine only, and would show the key to a proxy.
-        manager = urllib3.PoolManager(ssl_context=context, maxsize=size)
-        return manager.connection_from_url(base_url)
+        return urllib3.PoolManager(**options).connection_from_url(base_url)
     if "://" not in proxy:
         proxy = f"http://{proxy}"
     try:
         url = urllib3.util.parse_url(proxy)
         if url.path not in (None, "/") or url.query or url.fragment:
             raise ValueError  # noqa: TRY301 - the same sentence as for other forms
-        headers = {}
-        if url.auth:
-            headers = urllib3.make_headers(proxy_basic_auth=unquote(url.auth))
-        manager = urllib3.ProxyManager(
-            proxy,
-            proxy_headers=headers,
-            maxsize=size,
-            ssl_context=context,
-            proxy_ssl_context=context,
-        )
-        return manager.connection_from_url(base_url)
+        headers = urllib3.make_headers(proxy_basic_auth=unquote(url.auth or ""))
+        options.update(proxy_headers=headers, proxy_ssl_context=context)
+        return urllib3.ProxyManager(proxy, **options).connection_from_url(base_url)
     except ValueError:
         raise NetworkSettingsError(
             "HTTPS_PROXY or ALL_PROXY cannot be used: it must be like"
@@ -1133,17 +1064,13 @@ def parse_api_key(text: str) -> str:
 
 @dataclass(slots=True)
 class Call:
-    """A call that a user needs, and how it ended. `payload` is JSON.
+    """A call that a user needs, and how it ended."""
 
-    `endpoint` is the single one, also if the call is made with a group. While `result`
-    is None the call is open, unless it is cancelled: the run ended before it was sent.
-    """
-
-    endpoint: Endpoint
+    endpoint: Endpoint  # the single one, also if the call is made with a group
     identity: Identity
-    payload: str
+    payload: str  # JSON
     result: CallResult | None = None
-    is_cancelled: bool = False
+    is_cancelled: bool = False  # the run ended before it was sent
 
     @property
     def is_open(self) -> bool:
@@ -1153,31 +1080,26 @@ class Call:
 
 @dataclass(slots=True)
 class UserCalls:
-    """The calls that one user needs, in their order.
+    """The calls that one user needs."""
 
-    `number` is the caller's, to know the user again. `event` is None for a user who
-    gets none.
-    """
-
-    number: int
+    number: int  # the caller's, to know the user again
     update: Call
-    event: Call | None
+    event: Call | None  # None for a user who gets none
 
     @property
     def calls(self) -> list[Call]:
-        """Both calls, or the one that is needed."""
+        """Both calls in their order, or the one that is needed."""
         return [self.update] if self.event is None else [self.update, self.event]
+
+    @property
+    def open_calls(self) -> list[Call]:
+        """The calls that are still to be made."""
+        return [call for call in self.calls if call.is_open]
 
     @property
     def made(self) -> list[CallResult]:
         """The results that there are."""
-        results = [call.result for call in self.calls]
-        return [result for result in results if result is not None]
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether no call is still to be made."""
-        return not any(call.is_open for call in self.calls)
+        return [call.result for call in self.calls if call.result is not None]
 
     @property
     def size(self) -> int:
@@ -1186,39 +1108,41 @@ class UserCalls:
 
     def cancel(self) -> None:
         """Cancel the calls that are still to be made."""
-        for call in self.calls:
-            if call.is_open:
-                call.is_cancelled = True
+        for call in self.open_calls:
+            call.is_cancelled = True
 
 
-Interpreter = Callable[[int, str], CallResult]  # of the status and text of an answer
 Announce = Callable[[Sequence[UserCalls]], None]
 
 
 class _Request(NamedTuple):
-    """What is sent for a call, and how its answer is read."""
+    """What is sent for a call, and about whom."""
 
     endpoint: Endpoint
     body: bytes
-    interpreter: Interpreter
-    identity: Identity | None = None  # of a call about one user
+    identities: Sequence[Identity] = ()
+
+    def interpret(self, status: int, text: str) -> CallResult:
+        """Return what an answer to the request means."""
+        if self.endpoint is USERS_GET_FIELDS:
+            return interpret_fields(status, text)
+        if self.endpoint.items_key:
+            return interpret_group(self.endpoint, status, text, self.identities)
+        return interpret(self.endpoint, status, text, self.identities)
 
 
-class _Attempt(NamedTuple):
-    """One attempt of a call. Times are in seconds, `sent_at` is monotonic."""
-
-    result: CallResult
-    sent_at: float
-    retry_after: float | None
+_GET_FIELDS = _Request(USERS_GET_FIELDS, b"")
 
 
-_GET_FIELDS = _Request(USERS_GET_FIELDS, b"", interpret_fields)
-
-
-def _make_request(call: Call) -> _Request:
-    interpreter = functools.partial(interpret, call.endpoint)
-    body = call.payload.encode()
-    return _Request(call.endpoint, body, interpreter, call.identity)
+def _make_request(calls: Sequence[Call]) -> _Request:
+    """Return the request of a call, or one bulk request in place of several."""
+    endpoint = calls[0].endpoint
+    body = calls[0].payload
+    if len(calls) > 1:
+        endpoint = BULK_ENDPOINTS[endpoint]
+        items = ",".join(call.payload for call in calls)
+        body = f'{{"{endpoint.items_key}":[{items}]}}'
+    return _Request(endpoint, body.encode(), [call.identity for call in calls])
 
 
 class IterableClient:
@@ -1226,12 +1150,10 @@ class IterableClient:
 
     `rate` is the number of users/update calls a second; each other endpoint gets the
     same share of its own limit. `timeout` is in seconds. `redact` takes the secrets out
-    of a text. `control` cuts every wait when the run is ending. Raises
-    NetworkSettingsError.
+    of a text. Raises NetworkSettingsError.
     """
 
-    # Attempts of `is_available`, after 20 users have failed with all of theirs.
-    PROBE_ATTEMPTS = 2
+    PROBE_ATTEMPTS = 2  # of `is_available`: 20 users have failed with all of theirs
 
     def __init__(
         self,
@@ -1259,22 +1181,13 @@ class IterableClient:
             "Content-Type": "application/json",
             "User-Agent": "iterable-integration/3",
         }
-        # One more than the workers, for `is_available`.
-        self._transport = Transport(
-            base_url, headers, timeout=timeout, size=workers + 1
-        )
+        size = workers + 1  # one for `is_available`
+        self._transport = Transport(base_url, headers, timeout=timeout, size=size)
         #: Of all calls.
         self.attempts_made = 0
         self.retries_made = 0
         self._lock = threading.Lock()
         self._has_warned_of_dropped_fields = False
-
-    def estimate_seconds(self, users: int, *, bulk: bool) -> float:
-        """Return how long the updates of a run take at the rate limit, in seconds."""
-        if not bulk:
-            return users / (self._share * USERS_UPDATE.limit)
-        groups = math.ceil(users / MAX_GROUP_USERS)
-        return groups / (self._share * USERS_BULK_UPDATE.limit)
 
     def count_calls(self, updates: int, events: int, *, bulk: bool) -> int:
         """Return how many calls a run makes in which none is made again."""
@@ -1282,6 +1195,12 @@ class IterableClient:
             return updates + events
         groups = math.ceil(updates / MAX_GROUP_USERS)
         return groups + math.ceil(events / MAX_GROUP_USERS)
+
+    def estimate_seconds(self, users: int, *, bulk: bool) -> float:
+        """Return how long the updates of a run take at the rate limit, in seconds."""
+        endpoint = USERS_BULK_UPDATE if bulk else USERS_UPDATE
+        calls = self.count_calls(users, 0, bulk=bulk)
+        return calls / (self._share * endpoint.limit)
 
     def sender(self, announce: Announce, *, bulk: bool) -> Sender:
         """Return a sender for the users of a run, singly or in groups.
@@ -1292,159 +1211,128 @@ class IterableClient:
 
     def check_key(self) -> CallResult:
         """Make a users/update call without a user. A 400 means the key is accepted."""
-        interpreter = functools.partial(interpret, USERS_UPDATE)
-        request = _Request(USERS_UPDATE, b"{}", interpreter)
-        return self._call(request) or _make_failure(USERS_UPDATE, "stopped")
+        result = self._call(_Request(USERS_UPDATE, b"{}"))
+        return result or _make_failure(USERS_UPDATE, "stopped")
 
     def get_fields(self) -> CallResult:
-        """Ask users/getFields, which changes nothing; a FieldsResult if it answers."""
+        """Ask users/getFields for the fields of users. It changes nothing."""
         return self._call(_GET_FIELDS) or _make_failure(USERS_GET_FIELDS, "stopped")
 
     def is_available(self, good_call: Call | None) -> bool:
-        """Whether Iterable takes a call that is known to be good.
+        """Whether Iterable takes an update that it accepted before in this run.
 
-        That is an update which it accepted in this run, or else users/getFields. True
-        as well if the run ended meanwhile: then it is not for this reason.
+        Without one, users/getFields is asked. True as well if the run ended meanwhile.
         """
-        request = _GET_FIELDS if good_call is None else _make_request(good_call)
+        request = _GET_FIELDS if good_call is None else _make_request([good_call])
         result = self._call(request, max_attempts=self.PROBE_ATTEMPTS)
         is_ending = self.control.no_new_users.is_set()
         return is_ending or result is None or result.is_usable
 
     def post_one(self, call: Call) -> CallResult | None:
         """Make a call about one user. None if the run ended before it was sent."""
-        result = self._call(_make_request(call))
-        self._note_refused_key(result)
-        return result
+        return self._post([call])
 
     def post_group(self, calls: Sequence[Call]) -> CallResult | None:
-        """Make one bulk call in place of these single calls of one endpoint.
+        """Make one bulk call in place of several of one endpoint, as `post_one`."""
+        return self._post(calls)
 
-        A GroupResult if it was answered. None if the run ended before it was sent.
-        """
-        endpoint = BULK_ENDPOINTS[calls[0].endpoint]
-        items = ",".join(call.payload for call in calls)
-        body = f'{{"{endpoint.items_key}":[{items}]}}'.encode()
-        identities = [call.identity for call in calls]
-
-        def interpret_answer(status: int, text: str) -> CallResult:
-            return interpret_group(endpoint, status, text, identities)
-
-        result = self._call(_Request(endpoint, body, interpret_answer))
-        self._note_refused_key(result)
-        self._warn_of_dropped_fields(result)
+    def _post(self, calls: Sequence[Call]) -> CallResult | None:
+        """Make a call whose answer concerns the run. A refused key ends it."""
+        result = self._call(_make_request(calls))
+        if result is None:
+            return None
+        if result.is_refused_key:
+            self.control.nothing_more.set()
+            self.control.end(KeyRefused(result.reason))
+        if result.dropped_fields:
+            self._warn_of_dropped_fields(result.dropped_fields)
         return result
 
     def _call(
         self, request: _Request, max_attempts: int | None = None
     ) -> CallResult | None:
-        """Make a call, and make it again as the retry policy says.
+        """Make a call, and again as the retry policy says. None if nothing was sent.
 
-        None if the run ended before it was sent. A 429 is no failed attempt, unless a
-        call meets nothing else for `longest_throttling`.
+        A 429 is no failed attempt, unless there is nothing else for too long.
         """
         no_new_users = self.control.no_new_users
         cancelled = self.control.get_stop(request.endpoint)
         max_attempts = max_attempts or self._retry.max_attempts
-        limiter = self._limiters[request.endpoint]
         result = None
         failures = 0
         throttled_since = None
         for number in itertools.count(1):
-            attempt = self._attempt(request, number, cancelled)
-            if attempt is None:
-                return result
+            try:
+                result, retry_after = self._attempt(request, number, cancelled)
+            except TurnCancelled:
+                break
             cancelled = no_new_users  # no retry is worth delaying the end
-            result = attempt.result
             if result.status == 429:
-                limiter.slow_down(attempt.sent_at, attempt.retry_after)
-                throttled_since = throttled_since or attempt.sent_at
+                throttled_since = throttled_since or monotonic()
                 if monotonic() - throttled_since >= self._retry.longest_throttling:
-                    return result
+                    break
                 continue
             throttled_since = None
             failures += 1
             if not result.is_retryable or failures >= max_attempts:
-                return result
-            wait = self._retry.compute_wait(failures, attempt.retry_after)
+                break
+            wait = self._retry.compute_wait(failures, retry_after)
             log.debug("%s: next attempt in %.1f s", result.headline, wait)
             if no_new_users.wait(wait):
-                return result
+                break
         return result
 
     def _attempt(
         self, request: _Request, number: int, cancelled: threading.Event
-    ) -> _Attempt | None:
-        """Make attempt `number` of a call. None if it was cancelled before."""
+    ) -> tuple[CallResult, float | None]:
+        """Return the result of attempt `number`, and its Retry-After in seconds.
+
+        Raises TurnCancelled.
+        """
         if cancelled.is_set():
-            return None
-        limiter = self._limiters[request.endpoint]
+            raise TurnCancelled
+        endpoint = request.endpoint
+        limiter = self._limiters[endpoint]
         wait_for_turn = functools.partial(limiter.wait_for_turn, cancelled)
         retry_after = None
-        sent_at = 0.0
         try:
-            answer = self._transport.exchange(
-                request.endpoint, request.body, wait_for_turn
-            )
-            result = request.interpreter(answer.status, answer.text)
+            answer = self._transport.exchange(endpoint, request.body, wait_for_turn)
             retry_after = self._retry.parse_retry_after(answer.retry_after)
-            sent_at = answer.sent_at
+            if answer.status == 429:
+                limiter.slow_down(answer.sent_at, retry_after)
+            result = request.interpret(answer.status, answer.text)
         except TurnCancelled:
-            return None
+            raise
         except NoAnswer as error:
-            result = _make_failure(request.endpoint, str(error))
+            result = _make_failure(endpoint, str(error))
             result = replace(result, is_retryable=error.is_retryable)
         except Exception as error:  # costs this call, and not the run
             log.exception("Unexpected error", extra=FILE_ONLY)
             reason = f"an unexpected error ({type(error).__name__}): see the log file"
-            result = _make_failure(request.endpoint, reason)
-            result = replace(result, is_unexpected=True)
-        self._count_attempt(number)
-        result = replace(result, attempts=number)
-        result = self._redact_result(result, request.identity)
-        return _Attempt(result, sent_at, retry_after)
-
-    def _count_attempt(self, number: int) -> None:
+            result = replace(_make_failure(endpoint, reason), is_unexpected=True)
         with self._lock:
             self.attempts_made += 1
             if number > 1:
                 self.retries_made += 1
+        return self._redact_result(replace(result, attempts=number)), retry_after
 
-    def _note_refused_key(self, result: CallResult | None) -> None:
-        if result is not None and result.is_refused_key:
-            self.control.nothing_more.set()
-            self.control.end(KeyRefused(result.reason))
-
-    def _warn_of_dropped_fields(self, result: CallResult | None) -> None:
-        if not isinstance(result, GroupResult) or not result.dropped_fields:
-            return
+    def _warn_of_dropped_fields(self, fields: frozenset[str]) -> None:
         with self._lock:
             is_first = not self._has_warned_of_dropped_fields
             self._has_warned_of_dropped_fields = True
         if is_first:
-            names = ", ".join(sorted(result.dropped_fields))
             log.warning(
                 "⚠ Iterable drops fields that the project does not take: %s."
                 " Create them in Iterable, or allow new fields in its settings",
-                self._redact(names)[:MAX_KEPT_TEXT],
+                self._shorten(", ".join(sorted(fields))),
             )
 
-    def _redact_result(
-        self, result: CallResult, identity: Identity | None
-    ) -> CallResult:
-        """Return the result without secrets, and its reason without the user."""
-        reason = result.reason
-        if identity is not None and result.status is not None and result.message:
-            name = rf"(?<![\w.@-]){re.escape(identity.value)}(?!\.?[\w@-])"
-            placeholder = f"<{identity.identify_by.value}>"
-            message = re.sub(name, placeholder, result.message)
-            reason = reason.replace(result.message, message)
-        code = self._shorten(result.code or "")
+    def _redact_result(self, result: CallResult) -> CallResult:
         return replace(
             result,
-            code=code or None,
+            code=self._shorten(result.code or "") or None,
             message=self._shorten(result.message),
-            reason=self._shorten(reason),
+            reason=self._shorten(result.reason),
             body=self._shorten(result.body),
         )
 
@@ -1459,10 +1347,9 @@ def _make_failure(endpoint: Endpoint, reason: str) -> CallResult:
 
 # Sending many users
 
-# Users in a row without a usable answer, after which Iterable may be down.
-UNUSABLE_IN_A_ROW = 20
-# Bytes of addresses that must be free when a thread may have to be started: it hangs or
-# crashes where there are none for its stack and its memory arena.
+UNUSABLE_IN_A_ROW = 20  # users without a usable answer: Iterable may be down
+# Bytes of addresses that must be free, or a new thread may hang or crash for lack of a
+# stack and a memory arena.
 THREAD_ROOM = 200_000_000
 
 
@@ -1473,12 +1360,9 @@ class NoRoomForThread(Exception):
 class Sender(AbstractContextManager["Sender"]):
     """Sends users in threads, and hands each back when its calls are finished.
 
-    With `bulk` they go in groups, and the users whom the answer to their group does not
-    confirm get the single calls. So each user ends with the same results either way.
-    The caller does not see which endpoint was used.
-
-    A `with` block, which waits at its end for the calls in flight. Its methods belong
-    to one thread, the caller's; the workers only make calls.
+    With `bulk` they go in groups, and those whom the answer to their group does not
+    confirm get the single calls. A `with` block, whose end waits for the calls in
+    flight. One thread, the caller's, uses it; the workers only make calls.
     """
 
     def __init__(
@@ -1486,7 +1370,6 @@ class Sender(AbstractContextManager["Sender"]):
     ) -> None:
         self._client = client
         self._announce = announce
-        self._control = client.control
         self._max_group = MAX_GROUP_USERS if bulk else 1
         # Twice the workers, so that none waits for the caller.
         self._max_in_flight = MAX_BULK_IN_FLIGHT if bulk else 2 * client.workers
@@ -1513,10 +1396,7 @@ class Sender(AbstractContextManager["Sender"]):
         return self._in_flight == 0 and not self._outages.is_asking
 
     def submit(self, user: UserCalls) -> None:
-        """Add a user, and hand the group to a worker when it is full.
-
-        Raises NoRoomForThread.
-        """
+        """Add a user to the open group, and flush that when it is full."""
         if self._group_bytes + user.size > MAX_GROUP_BYTES:
             self.flush()
         self._group.append(user)
@@ -1535,16 +1415,15 @@ class Sender(AbstractContextManager["Sender"]):
             self._start(group)
 
     def collect(self, seconds: float = 0.0) -> list[UserCalls]:
-        """Return the users who are finished by now.
+        """Return the users who are finished, after up to `seconds` for the first.
 
-        Waits up to `seconds` for the first. Raises NoRoomForThread, and what a worker
-        raised that nobody foresaw.
+        Raises NoRoomForThread, and what a worker raised that nobody foresaw.
         """
         finished: list[UserCalls] = []
         wait = seconds
         while True:
             try:
-                future = self._done.get(block=wait > 0, timeout=wait)
+                future = self._done.get(timeout=wait)
             except queue.Empty:
                 break
             wait = 0.0
@@ -1569,75 +1448,67 @@ class Sender(AbstractContextManager["Sender"]):
         finished = []
         for user in group:
             # A user whose update was made still gets the event, if it may be sent.
-            open_calls = [call for call in user.calls if call.is_open]
-            if any(self._forbids(call) for call in open_calls):
+            if any(self._forbids(call) for call in user.open_calls):
                 user.cancel()
-            if user.is_finished:
-                self._in_flight -= 1
-                self._outages.note(user)
-                finished.append(user)
-            else:
+            if user.open_calls:
                 self._start([user])
+                continue
+            self._in_flight -= 1
+            self._outages.note(user)
+            finished.append(user)
         return finished
 
     def _forbids(self, call: Call) -> bool:
         """Whether the call may not start any more."""
-        return self._control.get_stop(call.endpoint).is_set()
+        return self._client.control.get_stop(call.endpoint).is_set()
 
     def _send(self, group: list[UserCalls]) -> list[UserCalls]:
         """Make the calls of a group that are still open. Runs in a worker."""
         self._make_calls([user.update for user in group if user.update.is_open])
-        events = []
+        events: list[Call] = []  # of users whose update was made
         for user in group:
             result = user.update.result
             if user.update.is_cancelled:
                 user.cancel()
-            elif result is None or user.event is None:
-                continue  # the update is still open, or no event is needed
-            elif result.is_forgotten:
+            elif result is not None and result.is_forgotten:
                 user.event = None  # Iterable would refuse it, too
-            elif user.event.is_open:
-                events.append(user.event)
+            elif result is not None:
+                events += user.open_calls
         self._make_calls(events)
         return group
 
-    def _make_calls(self, calls: Sequence[Call]) -> None:
+    def _make_calls(self, calls: list[Call]) -> None:
         """Make calls of one endpoint, together if there are several.
 
         A call that a group's answer does not confirm stays open.
         """
         if not calls:
             return
-        if len(calls) == 1:
-            result = self._client.post_one(calls[0])
-        else:
+        is_group = len(calls) > 1
+        if is_group:
             result = self._client.post_group(calls)
+        else:
+            result = self._client.post_one(calls[0])
         if result is None:
             for call in calls:
                 call.is_cancelled = True
-        elif isinstance(result, GroupResult) and result.ok:
-            for call in calls:
-                if call.identity.value in result.confirmed:
-                    call.result = result
-        elif len(calls) == 1 or self._forbids(calls[0]):
-            # No single call can follow, so this is how they ended.
-            for call in calls:
-                call.result = result
-        else:
-            log.info(
-                "%s: %s; its %d users are sent singly",
-                result.headline,
-                result.reason,
-                len(calls),
-                extra=FILE_ONLY,
-            )
+            return
+        if is_group and result.ok:
+            confirmed = result.confirmed
+            calls = [call for call in calls if call.identity.value in confirmed]
+        elif is_group and not self._forbids(calls[0]):  # else this is their result
+            text = "%s: %s; its %d users are sent singly"
+            log.info(text, result.headline, result.reason, len(calls), extra=FILE_ONLY)
+            return
+        for call in calls:
+            call.result = result
 
 
 class _OutageWatch:
     """Tells an outage from single users whom Iterable answers with errors for ever.
 
-    When many users in a row got no usable answer, it asks whether Iterable takes a call
-    that is known to be good. If not, the run is given up.
+    After many users in a row without a usable answer, it asks whether Iterable takes a
+    call that is known to be good. If not, the run is given up.
     """
 
     def __init__(self, client: IterableClient) -> None:
@@ -1655,19 +1526,17 @@ class _OutageWatch:
 
     def note(self, user: UserCalls) -> None:
         """Count a finished user, in the order in which they are collected."""
-        results = user.made
-        if not results or self._client.control.no_new_users.is_set():
+        if self._client.control.no_new_users.is_set() or not user.made:
             return
-        if user.update.result is not None and user.update.result.ok:
-            self._good_call = user.update
-        if any(result.is_usable for result in results):
-            self._unusable_in_a_row = 0
-            return
+        update = user.update
+        if update.result is not None and update.result.ok:
+            self._good_call = update
         self._unusable_in_a_row += 1
+        if any(result.is_usable for result in user.made):
+            self._unusable_in_a_row = 0
         if self._unusable_in_a_row >= UNUSABLE_IN_A_ROW and not self.is_asking:
-            self._question = self._asker.submit(
-                self._client.is_available, self._good_call
-            )
+            ask = self._client.is_available
+            self._question = self._asker.submit(ask, self._good_call)
 
     def look(self) -> None:
         """End the run if the answer has come and is no."""
@@ -1677,11 +1546,11 @@ class _OutageWatch:
         self._question = None
         self._unusable_in_a_row = 0
         if not is_available:
-            reason = (
+            error = IterableUnavailable(
                 f"{UNUSABLE_IN_A_ROW} users in a row got no usable answer, and Iterable"
                 " takes no call that is known to be good either"
             )
-            self._client.control.end(IterableUnavailable(reason), abandon_started=True)
+            self._client.control.end(error, abandon_started=True)
 
     def shutdown(self) -> None:
         """Wait for the thread."""

@@ -41,12 +41,13 @@ MUTED_PACKAGES = ("urllib3", "mysql.connector")
 # Under systemd these are sockets, which cannot be opened by name.
 STANDARD_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
 
-ERASE_LINE = "\x1b[K"  # what a terminal shows from the cursor to the end of the line
+ERASE_LINE = "\x1b[K"  # a terminal clears what is right of the cursor
 
 LOCK_NAME = ".integration_results.lock"
 NAME_FORMAT = "integration_results_%Y%m%d_%H%M%S.json"
 RESULTS_NAME = re.compile(r"integration_results_.*\.json(\.partial)?")
 
+# What the system says when a disk does not take what is written.
 DISK_ERRORS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -119,6 +120,8 @@ def _match_character(character: str) -> str:
         encoded.lower(),
         quote_plus(character),
         json.dumps(character)[1:-1],
+        f"\\u{ord(character):04x}",  # some JSON has this for < > & = and others
+        f"\\u{ord(character):04X}",
         "\\" + character,  # some JSON has this for a slash
         character,  # last, because other forms may begin with it
     ]
@@ -147,10 +150,9 @@ def setup_logger(
     Raises:
         LogNotWritable: the console is configured all the same.
     """
-    stream = sys.stdout
-    if stream is None:  # closed before the start
-        stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - stays open
-    console = _Console(stream)
+    # Standard output is None if it was closed before the start.
+    console = _Console(sys.stdout or open(os.devnull, "w"))  # noqa: SIM115
+    console.stream.reconfigure(errors="backslashreplace")
     console.setLevel(logging.WARNING if quiet else logging.INFO)
     console.addFilter(partial(_is_for, "console"))
     console.setFormatter(_LineFormatter("%(message)s", redact))
@@ -229,30 +231,24 @@ class _Console(logging.StreamHandler):  # type: ignore[type-arg]
     not UTF-8 loses the marks.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        super().__init__(stream)
-        self._has_marks = "utf" in stream.encoding.lower()
-        self._is_terminal = stream.isatty()
-        self.stream.reconfigure(errors="backslashreplace")
-
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        self.terminator = "\n"
-        if not self._has_marks:
+        if "utf" not in self.stream.encoding.lower():
             text = re.sub("[✓✗⚠] ", "", text)
-        if self._is_terminal and hasattr(record, "is_progress"):
+        self.terminator = "\n"
+        if not self.stream.isatty():
+            return text
+        if hasattr(record, "is_progress"):
             # The next line is written over this one, which therefore must not wrap.
             self.terminator = "\r"
-            text = text[: shutil.get_terminal_size().columns - 1]
-        if self._is_terminal:
-            return ERASE_LINE + text
-        return text
+            columns = shutil.get_terminal_size().columns
+            text = text[: columns - 1]
+        return ERASE_LINE + text
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's
-        # From now on the console writes into nothing. The text that it could not write
-        # would else be tried again at the end of the process, and make its exit code
-        # 120.
-        with contextlib.suppress(OSError):
+        # From now on all output goes nowhere. Otherwise Python would try to write the
+        # rest of it at its end, and end with 120.
+        with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
 
@@ -267,7 +263,7 @@ class _LogFile(logging.handlers.RotatingFileHandler):
         # With 0 nothing is rotated. Devices never are: logging sees to that.
         size = 0 if path.is_symlink() else LOG_SIZE
         super().__init__(path, maxBytes=size, backupCount=OLD_LOGS)
-        # If so, an earlier run has warned that it cannot be rotated.
+        # Then an earlier run could not rotate it, and has warned of that.
         self._was_too_large = path.stat().st_size >= LOG_SIZE
         self._has_failed = False
 
@@ -428,12 +424,13 @@ class ResultsFolder:
             EarlierResultsUnreadable
         """
         if self._runs is None:
+            # Path.glob would find nothing in a folder that must not be listed.
             with _reading(self.path):
-                # Path.glob finds nothing in a folder that must not be listed.
-                names = os.listdir(self.path)
-            paths = [self.path / name for name in names if RESULTS_NAME.fullmatch(name)]
-            heads = [_read_head(path) for path in paths]
-            self._runs = sorted(head for head in heads if head is not None)
+                paths = list(self.path.iterdir())
+            heads = [
+                _read_head(path) for path in paths if RESULTS_NAME.fullmatch(path.name)
+            ]
+            self._runs = sorted(head for head in heads if head)
         return self._runs
 
     def read_memory(
@@ -456,10 +453,14 @@ class ResultsFolder:
         """
         memory = Memory()
         for run in self.earlier_runs():
-            is_same = run.iterable == iterable and run.identify_by == identify_by
-            has_updates = for_resets and is_same
-            if run.mode == "send" and (for_changes or has_updates):
-                _read_run(run, memory, for_changes=for_changes, for_resets=has_updates)
+            # Only the same project and identity have users whom this run may reset.
+            can_reset = (
+                for_resets
+                and run.iterable == iterable
+                and run.identify_by == identify_by
+            )
+            if run.mode == "send" and (for_changes or can_reset):
+                _read_run(run, memory, for_changes=for_changes, for_resets=can_reset)
         return memory
 
     def create_results_file(
@@ -500,9 +501,11 @@ def _hold_lock(folder: Path) -> Iterator[None]:
     """Make the folder if it is missing, and hold its lock."""
     with _creating_in(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / LOCK_NAME
         lock = open(  # noqa: SIM115 - closed below
-            path, "r+b", buffering=0, opener=_open_private
+            folder / LOCK_NAME,
+            "r+b",
+            buffering=0,
+            opener=_open_private,
         )
     with lock:
         try:
@@ -582,7 +585,11 @@ def _read_head(path: Path) -> EarlierRun | None:
 
 
 def _read_run(
-    run: EarlierRun, memory: Memory, *, for_changes: bool, for_resets: bool
+    run: EarlierRun,
+    memory: Memory,
+    *,
+    for_changes: bool,
+    for_resets: bool,
 ) -> None:
     """Take the users' lines of a run into the memory.
 
@@ -617,7 +624,7 @@ def _read_run(
 def _read_announced(run: EarlierRun) -> dict[UpdatedUser, None]:
     """Return the announced users of a killed run, in order.
 
-    A line that was torn by the kill is skipped: its user was not sent yet.
+    The kill may have torn the last line. Nothing was sent for its user by then.
     """
     users: dict[UpdatedUser, None] = {}
     path = _announced_path(run.path)
@@ -625,7 +632,8 @@ def _read_announced(run: EarlierRun) -> dict[UpdatedUser, None]:
         for text in _read_lines(path):
             with contextlib.suppress(*MALFORMED):
                 line = json.loads(text)
-                users[UpdatedUser(line["user_id"], line["identity"])] = None
+                user = UpdatedUser(line["user_id"], line["identity"])
+                users[user] = None
     return users
 
 
@@ -635,7 +643,7 @@ def _announced_path(results: Path) -> Path:
 
 
 def _read_lines(path: Path) -> Iterator[str]:
-    """Return the lines about users. Raises EarlierResultsUnreadable."""
+    """Yield the lines about users. Raises EarlierResultsUnreadable."""
     with _reading(path), path.open(encoding="utf-8", errors="surrogateescape") as lines:
         for text in lines:
             if text.startswith('{"'):  # as no other line does
@@ -658,14 +666,16 @@ class ResultsFile:
 
     def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
         self.path = path
-        self._announced = _GrowingFile(_announced_path(path))
-        self._file = _GrowingFile(path)
+        self._announced = _create_file(_announced_path(path))
+        self._file = _create_file(path)
+        self._synced_at = time.monotonic()
         self._separator = ""
+        self._failure: ResultsNotWritable | None = None
         try:
-            self._file.write(f'{{\n"run": {to_json(head)},\n"results": [\n')
+            self._write(f'{{\n"run": {to_json(head)},\n"results": [\n')
         except ResultsNotWritable:
-            self._file.remove()
-            self._announced.remove()
+            _remove_file(self._file)
+            _remove_file(self._announced)
             raise
 
     def announce(self, users: Iterable[tuple[int | str | None, str]]) -> None:
@@ -678,9 +688,13 @@ class ResultsFile:
         Raises:
             ResultsNotWritable
         """
-        for user_id, identity in users:
-            line = to_json({"user_id": user_id, "identity": identity})
-            self._announced.write(f"{line}\n")
+        try:
+            for user_id, identity in users:
+                line = to_json({"user_id": user_id, "identity": identity})
+                self._announced.write(f"{line}\n")
+            self._announced.flush()
+        except OSError as error:
+            raise _not_writable(self.path, error) from error
 
     def add(self, line: UserLine, *, sent: bool = True) -> None:
         """Add a user's line. One that was not `sent` may stay in memory for a while.
@@ -688,44 +702,24 @@ class ResultsFile:
         Raises:
             ResultsNotWritable: this time and from now on, so the file has no gap.
         """
-        self._file.write(self._separator + to_json(line), flush=sent)
+        self._write(self._separator + to_json(line), flush=sent)
         self._separator = ",\n"
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Complete the document and give it its name. Raises ResultsNotWritable."""
-        self._file.write(f'\n],\n"summary": {to_json(summary)}\n}}\n')
+        self._write(f'\n],\n"summary": {to_json(summary)}\n}}\n')
         complete = self.path.with_suffix("")
         try:
+            self._sync()
             self._file.close()
             self.path.rename(complete)
         except OSError as error:
             raise _not_writable(self.path, error) from error
         self.path = complete
-        self._announced.remove()
+        _remove_file(self._announced)
 
-
-class _GrowingFile:
-    """A new file to which text is added, for its owner alone. Raises OSError."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = open(  # noqa: SIM115 - stays open
-            path,
-            "x",
-            encoding="utf-8",
-            # Half a surrogate pair, which UTF-8 cannot express, becomes JSON's escape.
-            errors="backslashreplace",
-            opener=_open_private,
-        )
-        self._synced_at = time.monotonic()
-        self._failure: ResultsNotWritable | None = None
-
-    def write(self, text: str, *, flush: bool = True) -> None:
-        """Add the text; with `flush` it survives the end of the process.
-
-        Raises:
-            ResultsNotWritable: also for every text after one that was not written.
-        """
+    def _write(self, text: str, *, flush: bool = True) -> None:
+        """Add the text to the document; with `flush` it survives this process."""
         if self._failure is not None:
             raise self._failure
         try:
@@ -735,19 +729,8 @@ class _GrowingFile:
                 if time.monotonic() - self._synced_at > SYNC_INTERVAL:
                     self._sync()
         except OSError as error:
-            self._failure = _not_writable(self._path, error)
+            self._failure = _not_writable(self.path, error)
             raise self._failure from error
-
-    def close(self) -> None:
-        """Close the file once the disk has it. Raises OSError."""
-        self._sync()
-        self._file.close()
-
-    def remove(self) -> None:
-        """Delete the file. If that fails, a later run does it."""
-        with contextlib.suppress(OSError):
-            self._path.unlink()
-            self._file.close()
 
     def _sync(self) -> None:
         try:
@@ -757,6 +740,26 @@ class _GrowingFile:
             if error.errno in DISK_ERRORS:
                 raise
         self._synced_at = time.monotonic()
+
+
+def _create_file(path: Path) -> TextIO:
+    """Return a new file for its owner alone."""
+    # An answer may hold half a surrogate pair, which UTF-8 cannot express: it becomes
+    # JSON's own escape.
+    return open(
+        path,
+        "x",
+        encoding="utf-8",
+        errors="backslashreplace",
+        opener=_open_private,
+    )
+
+
+def _remove_file(file: TextIO) -> None:
+    """Delete the file, and close it, as far as the disk allows that."""
+    with contextlib.suppress(OSError):
+        os.unlink(file.name)
+        file.close()
 
 
 def _not_writable(path: Path, error: OSError) -> ResultsNotWritable:
@@ -831,7 +834,8 @@ class Memory:
         update = line["users_update"]
         if line["status"] in (Status.RESET, Status.FORGOTTEN):
             self._updated.pop(user.identity, None)
-        elif update is not None and update["ok"]:
+        elif update is not None and (update["ok"] or update["status"] is None):
+            # Without an answer it may have been accepted all the same.
             self._updated[user.identity] = user
 
     def add_unrecorded(self, user: UpdatedUser, *, for_resets: bool) -> None:

@@ -33,7 +33,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from enum import IntEnum
 from importlib import metadata
@@ -114,7 +114,6 @@ from iterable_client import (
     USERS_UPDATE,
     Call,
     CallResult,
-    FieldsResult,
     IdentifyBy,
     Identity,
     IterableClient,
@@ -161,7 +160,7 @@ QUERIES = HERE / "phase2_queries.sql"
 log = logging.getLogger(__name__)
 
 
-# Exit codes
+# Exit codes and endings
 
 
 class ExitCode(IntEnum):
@@ -199,7 +198,6 @@ class CheckFailed(Exception):
     """An item of the checklist is not as a run needs it."""
 
 
-# The errors that end a run, or keep it from starting. The first class that fits counts.
 EXIT_CODES: dict[type[Exception], ExitCode] = {
     SettingsError: ExitCode.SETTINGS,
     QueryFileError: ExitCode.SETTINGS,
@@ -212,13 +210,16 @@ EXIT_CODES: dict[type[Exception], ExitCode] = {
     KeyRefused: ExitCode.GIVEN_UP,
     IterableUnavailable: ExitCode.GIVEN_UP,
     FolderInUse: ExitCode.LOCKED,
-    ResultsNotWritable: ExitCode.NOT_ALL_DELIVERED,
-    NoRoomForThread: ExitCode.NOT_ALL_DELIVERED,
-    MemoryError: ExitCode.NOT_ALL_DELIVERED,
-    UnexpectedError: ExitCode.NOT_ALL_DELIVERED,
-    CheckFailed: ExitCode.NOT_ALL_DELIVERED,
 }
-KNOWN_ERRORS = tuple(EXIT_CODES)
+# The errors that end a run, or keep it from starting, with a text that says all.
+KNOWN_ERRORS: tuple[type[Exception], ...] = (
+    *EXIT_CODES,
+    ResultsNotWritable,
+    NoRoomForThread,
+    MemoryError,
+    UnexpectedError,
+    CheckFailed,
+)
 
 
 def find_exit_code(error: Exception) -> int:
@@ -231,32 +232,34 @@ def find_exit_code(error: Exception) -> int:
     return ExitCode.NOT_ALL_DELIVERED
 
 
+def explain_ending(error: Exception) -> Exception:
+    """Return the error to end a run with. One that nobody foresaw is logged."""
+    if isinstance(error, KNOWN_ERRORS) and str(error):
+        return error
+    log.critical("Unexpected error", exc_info=error, extra=FILE_ONLY)
+    if isinstance(error, MemoryError):
+        return UnexpectedError("out of memory: raise ulimit -v, or lower MAX_WORKERS")
+    return UnexpectedError(f"unexpected error {error!r}: see the log file")
+
+
+class Ending(NamedTuple):
+    """How a run ended. `why` is empty unless something ended it early."""
+
+    outcome: str
+    exit_code: int
+    why: str
+
+
+def make_ending(error: Exception | None, failures: int) -> Ending:
+    """Return how a run ends that this error ended early, if it did."""
+    if error is None:
+        exit_code = ExitCode.NOT_ALL_DELIVERED if failures else ExitCode.SUCCESS
+        return Ending("completed", exit_code, "")
+    outcome = "interrupted" if isinstance(error, Interrupted) else "aborted"
+    return Ending(outcome, find_exit_code(error), str(error))
+
+
 # Settings
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Each field has the value of the variable of that name, in capitals.
-
-    Times are in seconds, paths absolute.
-    """
-
-    db_host: str
-    db_user: str
-    db_password: str = field(repr=False)
-    db_name: str
-    db_port: int
-    db_ssl_ca: str
-    iterable_api_key: str = field(repr=False)
-    iterable_api_base_url: str
-    iterable_identify_by: IdentifyBy
-    iterable_rate_limit: int
-    iterable_max_attempts: int
-    iterable_timeout: float
-    max_workers: int
-    log_level: str
-    log_file: Path
-    results_dir: Path
 
 
 def check_text(text: str) -> None:
@@ -285,9 +288,9 @@ def parse_identify_by(text: str) -> IdentifyBy:
 
 
 def parse_path(text: str) -> Path:
-    """Return a path relative to the folder of main.py, `~` expanded.
+    """Return a path; a relative one begins at the folder of main.py.
 
-    `text` is not empty. Raises ValueError for what only a shell would expand.
+    Raises ValueError for what only a shell would expand. `text` is not empty.
     """
     check_text(text)
     if text[0] in "$%'\"":
@@ -327,77 +330,48 @@ def parse_seconds(text: str) -> float:
     return float(text)
 
 
-class Setting(NamedTuple):
-    """How a variable becomes a setting. One without a default is required."""
+def setting(
+    parse: Callable[[str], Any], default: str | None = None, *, is_secret: bool = False
+) -> Any:
+    """Return a field of Settings. A variable without a default is required."""
+    metadata = {"parse": parse, "default": default}
+    return field(repr=not is_secret, metadata=metadata)
 
-    parse: Callable[[str], Any]
-    default: str | None = None
-    is_secret: bool = False
+
+@dataclass(frozen=True)
+class Settings:
+    """Each field has the value of the variable of that name, in capitals.
+
+    Times are in seconds, paths absolute.
+    """
+
+    db_host: str = setting(str)
+    db_user: str = setting(str)
+    db_password: str = setting(str, is_secret=True)
+    db_name: str = setting(str)
+    db_port: int = setting(parse_whole_number(1, 65535), "3306")
+    db_ssl_ca: str = setting(parse_ca_file, "")
+    iterable_api_key: str = setting(parse_api_key, is_secret=True)
+    iterable_api_base_url: str = setting(parse_base_url, "https://api.iterable.com")
+    iterable_identify_by: IdentifyBy = setting(parse_identify_by, "email")
+    iterable_rate_limit: int = setting(parse_whole_number(1, 100_000), "450")
+    iterable_max_attempts: int = setting(parse_whole_number(1, 100), "5")
+    iterable_timeout: float = setting(parse_seconds, "30")
+    max_workers: int = setting(parse_whole_number(1, 2000), "300")
+    log_level: str = setting(parse_level, "INFO")
+    log_file: Path = setting(parse_path, "iterable_integration.log")
+    results_dir: Path = setting(parse_path, ".")
 
 
-SETTINGS = {
-    "DB_HOST": Setting(str),
-    "DB_USER": Setting(str),
-    "DB_PASSWORD": Setting(str, is_secret=True),
-    "DB_NAME": Setting(str),
-    "DB_PORT": Setting(parse_whole_number(1, 65535), "3306"),
-    "DB_SSL_CA": Setting(parse_ca_file, ""),
-    "ITERABLE_API_KEY": Setting(parse_api_key, is_secret=True),
-    "ITERABLE_API_BASE_URL": Setting(parse_base_url, "https://api.iterable.com"),
-    "ITERABLE_IDENTIFY_BY": Setting(parse_identify_by, "email"),
-    "ITERABLE_RATE_LIMIT": Setting(parse_whole_number(1, 100_000), "450"),
-    "ITERABLE_MAX_ATTEMPTS": Setting(parse_whole_number(1, 100), "5"),
-    "ITERABLE_TIMEOUT": Setting(parse_seconds, "30"),
-    "MAX_WORKERS": Setting(parse_whole_number(1, 2000), "300"),
-    "LOG_LEVEL": Setting(parse_level, "INFO"),
-    "LOG_FILE": Setting(parse_path, "iterable_integration.log"),
-    "RESULTS_DIR": Setting(parse_path, "."),
-}
-SECRETS = [name for name, setting in SETTINGS.items() if setting.is_secret]
+# By the names of their variables. Each secret may also be <NAME>_FILE.
+SETTINGS = {each.name.upper(): each for each in fields(Settings)}
+SECRETS = [name for name, each in SETTINGS.items() if not each.repr]
 CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 NETWORK_VARIABLES = ("HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", *CA_VARIABLES)
-# A name in the file is taken for misspelt if it is so much like a setting's (difflib's
-# ratio), or if it has so many characters and one is a part of the other.
-MIN_LIKENESS = 0.72
+# A name in the file is taken for a misspelt one if it has so many characters, and
+# contains a setting's or is part of one, or if it is so much like one (by difflib).
 MIN_PART = 6
-
-
-def load_environment_variables(
-    env_file: Path | None = None,
-    environ: Mapping[str, str] = os.environ,
-    *,
-    needs_key: bool = True,
-) -> Settings:
-    """Return the settings of the environment, else of the file.
-
-    Without `env_file` that is `.env` beside main.py, if it exists. The proxy and CA
-    variables of the file are put into the environment, where requests looks for them.
-    Raises SettingsError for all complaints together.
-    """
-    path = env_file or HERE / ".env"
-    from_file: dict[str, str] = {}
-    complaints: list[str] = []
-    if env_file is not None or path.exists():
-        from_file = read_env_file(path, complaints)
-    values = {**from_file, **environ}
-    parsed: dict[str, Any] = {}
-    for name, setting in SETTINGS.items():
-        try:
-            parsed[name.lower()] = read_setting(name, setting, values)
-        except ValueError as complaint:
-            if needs_key or name != "ITERABLE_API_KEY":
-                complaints.append(str(complaint))
-            else:
-                parsed[name.lower()] = ""
-    network_variables = find_network_variables(from_file, environ, complaints)
-    hints = find_misspelt_names(from_file)
-    if complaints:
-        text = "; ".join([*complaints, *hints])
-        raise SettingsError(f"Settings: {text}. Set them in {path} (see .env.example)")
-    for hint in hints:
-        log.info("⚠ %s", hint)  # no warning, which cron would mail every hour
-    os.environ.update(network_variables)
-    return Settings(**parsed)
+MIN_LIKENESS = 0.72
 
 
 def read_env_file(path: Path, complaints: list[str]) -> dict[str, str]:
@@ -408,10 +382,9 @@ def read_env_file(path: Path, complaints: list[str]) -> dict[str, str]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise SettingsError(
-            f"The settings in {path} cannot be read ({error.strerror}):"
-            " check --env-file and the file's permissions"
-        ) from error
+        text = f"The settings in {path} cannot be read ({error.strerror})"
+        cure = "check --env-file and the file's permissions"
+        raise SettingsError(f"{text}: {cure}") from error
     if b"\0" in content:
         raise SettingsError(f"{path} is not in UTF-8 (in UTF-16?): save it as UTF-8")
     text = content.decode("utf-8-sig", "surrogateescape")
@@ -424,23 +397,6 @@ def read_env_file(path: Path, complaints: list[str]) -> dict[str, str]:
         elif name and binding.value is not None:
             values[name] = binding.value
     return values
-
-
-def read_setting(name: str, setting: Setting, values: Mapping[str, str]) -> Any:
-    """Return the parsed value of a variable. Raises ValueError."""
-    text = values.get(name)
-    if setting.is_secret:
-        text = read_secret(name, values)
-    if name != "DB_PASSWORD":  # which may be empty, or have spaces around it
-        text = (text or "").strip() or setting.default
-    if text is None:
-        state = "empty" if name in values else "missing"
-        raise ValueError(f"{name} is {state}")
-    try:
-        check_text(text)
-        return setting.parse(text)
-    except ValueError as error:
-        raise ValueError(f"{name} {error}") from None
 
 
 def read_secret(name: str, values: Mapping[str, str]) -> str | None:
@@ -464,43 +420,37 @@ def read_secret(name: str, values: Mapping[str, str]) -> str | None:
     return re.sub(r"\r?\n\Z", "", text)
 
 
-def find_misspelt_names(names: Iterable[str]) -> list[str]:
-    """Return a sentence for each name that resembles a setting's and is none."""
-    known = [*SETTINGS, *NETWORK_VARIABLES, *(f"{name}_FILE" for name in SECRETS)]
-    hints = []
-    for name in names:
-        if name in known or name.upper() in NETWORK_VARIABLES:
-            continue
-        similar = find_similar_name(name.upper(), known)
-        if similar is not None:
-            hints.append(f"{name} is no setting: did you mean {similar}?")
-    return hints
-
-
-def find_similar_name(name: str, known: Sequence[str]) -> str | None:
-    """Return the known name that contains this one or stands in it, or is alike."""
-    if len(name) >= MIN_PART:
-        for candidate in known:
-            if candidate in name or name in candidate:
-                return candidate
-    alike = difflib.get_close_matches(name, known, 1, MIN_LIKENESS)
-    return alike[0] if alike else None
+def read_setting(name: str, values: Mapping[str, str]) -> Any:
+    """Return the parsed value of a variable. Raises ValueError."""
+    facts = SETTINGS[name].metadata
+    text = read_secret(name, values) if name in SECRETS else values.get(name)
+    if name != "DB_PASSWORD":  # which may be empty, or have spaces around it
+        text = (text or "").strip() or facts["default"]
+    if text is None:
+        state = "empty" if name in values else "missing"
+        raise ValueError(f"{name} is {state}")
+    try:
+        check_text(text)
+        return facts["parse"](text)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from None
 
 
 def find_network_variables(
     from_file: Mapping[str, str], environ: Mapping[str, str], complaints: list[str]
 ) -> dict[str, str]:
-    """Return the proxy and CA variables that only the file sets.
+    """Return the proxy and CA variables, in either case, that only the file sets.
 
-    Their names may be in lower case, too. Adds to the complaints.
+    Adds to the complaints.
     """
     set_already = {name.upper() for name in environ}
     found = {}
     for name, value in from_file.items():
-        if name.upper() not in NETWORK_VARIABLES or name.upper() in set_already:
+        variable = name.upper()
+        if variable not in NETWORK_VARIABLES or variable in set_already:
             continue
         found[name] = value
-        if name.upper() in CA_VARIABLES and value:
+        if variable in CA_VARIABLES and value:
             try:
                 found[name] = str(parse_path(value))
             except ValueError as error:
@@ -508,7 +458,62 @@ def find_network_variables(
     return found
 
 
-# The command line's options, and a user's delivery
+def find_misspelt_names(names: Iterable[str]) -> list[str]:
+    """Return a sentence for each name that resembles a setting's and is none."""
+    known = [*SETTINGS, *NETWORK_VARIABLES, *(f"{name}_FILE" for name in SECRETS)]
+    hints = []
+    for name in names:
+        upper = name.upper()
+        # "DB_PASSWORD:secret" may be a name, and is not shown.
+        is_shown = re.fullmatch("[A-Z0-9_]+", upper)
+        if name in known or upper in NETWORK_VARIABLES or not is_shown:
+            continue
+        similar = difflib.get_close_matches(upper, known, 1, MIN_LIKENESS)
+        if len(name) >= MIN_PART:
+            parts = [each for each in known if each in upper or upper in each]
+            similar = parts + similar
+        if similar:
+            hints.append(f"{name} is no setting: did you mean {similar[0]}?")
+    return hints
+
+
+def load_environment_variables(
+    env_file: Path | str | None = None,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    needs_key: bool = True,
+) -> Settings:
+    """Return the settings of the environment, else of the file.
+
+    `env_file` is relative to the folder of main.py; without it `.env` is read, if it
+    exists. The proxy and CA variables of the file are put into the environment, where
+    requests looks for them. Raises SettingsError for all complaints together.
+    """
+    path = HERE / os.path.expanduser(".env" if env_file is None else env_file)
+    from_file: dict[str, str] = {}
+    complaints: list[str] = []
+    if env_file is not None or path.exists():
+        from_file = read_env_file(path, complaints)
+    values = {**from_file, **environ}
+    parsed: dict[str, Any] = {"iterable_api_key": ""}
+    for name in SETTINGS:
+        try:
+            parsed[name.lower()] = read_setting(name, values)
+        except ValueError as complaint:
+            if needs_key or name != "ITERABLE_API_KEY":
+                complaints.append(str(complaint))
+    network_variables = find_network_variables(from_file, environ, complaints)
+    hints = find_misspelt_names(from_file)
+    if complaints:
+        text = "; ".join(complaints + hints)
+        raise SettingsError(f"Settings: {text}. Set them in {path} (see .env.example)")
+    for hint in hints:
+        log.info("⚠ %s", hint)  # no warning, which cron would mail every hour
+    os.environ.update(network_variables)
+    return Settings(**parsed)
+
+
+# The command line
 
 
 class Options(argparse.Namespace):
@@ -525,26 +530,85 @@ class Options(argparse.Namespace):
     env_file: str | None
 
 
-class Leaver(NamedTuple):
-    """A user who left the segment and is still a customer."""
+def parse_count(text: str) -> int:
+    """Return a number of users. Raises argparse.ArgumentTypeError."""
+    try:
+        return parse_whole_number(1, 999_999_999)(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
-    user_id: int | str
-    identity: str
-    email: str | None
+
+def parse_arguments(argv: Sequence[str] | None) -> Options:
+    """Return the options. Ends the process with 2 and a sentence if they are wrong."""
+    parser = argparse.ArgumentParser(
+        description="Send every pro customer's latest view of the pricing or settings"
+        " page to Iterable.",
+        allow_abbrev=False,
+    )
+    add_flag = functools.partial(parser.add_argument, action="store_true")
+    add_count = functools.partial(parser.add_argument, type=parse_count, metavar="N")
+    add_flag("--dry-run", help="do everything except sending; needs no API key")
+    add_count("--limit", help="send the first N users only (a careful first real run)")
+    add_count("--at-least", help="send nothing when fewer than N users are found")
+    add_flag("--changed-only", help="skip users to whom the same was delivered already")
+    add_flag("--reset-left", help="also reset the field of users who left the segment")
+    add_flag("--bulk", help="send groups of up to 1000 users: for large runs")
+    add_flag("--check", help="check the deployment; send no user data")
+    text = "show warnings and errors only, and no failure that is known already"
+    add_flag("--quiet", help=text)
+    text = "read the settings from this file, relative to main.py, and not from .env"
+    parser.add_argument("--env-file", metavar="PATH", help=text)
+    options = parser.parse_args(argv, Options())
+    if options.reset_left and options.limit is not None:
+        parser.error(
+            "--reset-left and --limit exclude each other: the users beyond the limit"
+            " would look as if they had left"
+        )
+    about_sending = {**vars(options), "check": False, "quiet": False, "env_file": None}
+    if options.check and any(about_sending.values()):
+        parser.error("--check goes with --quiet and --env-file only")
+    return options
+
+
+# A user's delivery
 
 
 class Reason(NamedTuple):
     """Why a user failed, without anything particular to the user.
 
-    `endpoint` is None when no call says it, `status` when there was no answer. `brief`
-    names the call and its answer, `advice` is a sentence that says what to do.
+    `brief` names the call and its answer, `advice` says what to do. `endpoint` is None
+    if no call failed, `status` if there was no answer.
     """
 
-    endpoint: str | None
-    status: int | None
-    code: str | None
     brief: str
     advice: str
+    endpoint: str | None = None
+    status: int | None = None
+    code: str | None = None
+
+
+def make_reason(result: CallResult) -> Reason:
+    """Return why a call failed."""
+    no_status = "unexpected error" if result.is_unexpected else "no answer"
+    brief = f"{result.endpoint} {result.status or no_status}"
+    if result.code:
+        brief += f" {result.code}"
+    return Reason(brief, result.reason, result.endpoint, result.status, result.code)
+
+
+def make_call_line(call: Call | None) -> CallLine | None:
+    """Return a call's part of a user's line; None if the call was not made."""
+    if call is None or call.result is None:
+        return None
+    result = call.result
+    return {
+        "endpoint": result.endpoint,
+        "ok": result.ok,
+        "status": result.status,
+        "code": result.code,
+        "message": result.message,
+        "attempts": result.attempts,
+    }
 
 
 @dataclass(slots=True)
@@ -578,15 +642,16 @@ class Delivery:
             return Status.TOTAL_FAILURE
         if self.skipped_as is not None:
             return self.skipped_as
-        if self.calls is None or not self.results:
+        results = self.results
+        if self.calls is None or not results:
             return Status.NOT_ATTEMPTED
-        if any(result.is_forgotten for result in self.results):
+        if any(result.is_forgotten for result in results):
             return Status.FORGOTTEN
-        if not any(result.ok for result in self.results):
+        if not any(result.ok for result in results):
             return Status.TOTAL_FAILURE
         if self.calls.event is None:  # as for every user who left the segment
             return Status.RESET
-        if len(self.results) > 1 and all(result.ok for result in self.results):
+        if len(results) == 2 and all(result.ok for result in results):
             return Status.SUCCESS
         return Status.PARTIAL_FAILURE
 
@@ -594,31 +659,28 @@ class Delivery:
     def reasons(self) -> list[Reason]:
         """Why the user failed, one for each call that did; none for the others."""
         if self.problem is not None:
-            return [Reason(None, None, None, self.problem.brief, str(self.problem))]
+            return [Reason(self.problem.brief, str(self.problem))]
         if not self.status.is_failure:
             return []
         reasons = [make_reason(result) for result in self.results if not result.ok]
-        if not reasons:  # the update was accepted
-            text = "events/track not sent: the run ended before"
-            reasons.append(Reason(None, None, None, text, text))
-        return reasons
+        not_sent = "events/track not sent: the run ended before"
+        return reasons or [Reason(not_sent, not_sent)]
 
     def make_line(self) -> UserLine:
         """Return the user's line in the results file."""
-        update = None if self.calls is None else self.calls.update.result
-        event = None
-        if self.calls is not None and self.calls.event is not None:
-            event = self.calls.event.result
         line: UserLine = {
             "record": self.number,
             "user_id": self.user_id,
             "email": self.email,
             "event_id": self.event_id,
             "status": self.status.value,
-            "users_update": make_call_line(update),
-            "events_track": make_call_line(event),
+            "users_update": None,
+            "events_track": None,
             "fingerprint": self.fingerprint,
         }
+        if self.calls is not None:
+            line["users_update"] = make_call_line(self.calls.update)
+            line["events_track"] = make_call_line(self.calls.event)
         if self.problem is not None:
             line["problem"] = str(self.problem)
         if self.payloads is not None:
@@ -626,26 +688,15 @@ class Delivery:
         return line
 
 
-def make_reason(result: CallResult) -> Reason:
-    """Return why a call failed."""
-    no_status = "unexpected error" if result.is_unexpected else "no answer"
-    parts = [result.endpoint, str(result.status or no_status), result.code or ""]
-    brief = " ".join(part for part in parts if part)
-    return Reason(result.endpoint, result.status, result.code, brief, result.reason)
+class Leaver(NamedTuple):
+    """A user who left the segment and is still a customer."""
+
+    user_id: int | str
+    identity: str
+    email: str | None
 
 
-def make_call_line(result: CallResult | None) -> CallLine | None:
-    """Return a call's part of a user's line."""
-    if result is None:
-        return None
-    return {
-        "endpoint": result.endpoint,
-        "ok": result.ok,
-        "status": result.status,
-        "code": result.code,
-        "message": result.message,
-        "attempts": result.attempts,
-    }
+User = PageViewRow | Leaver
 
 
 class DeliveryPlanner:
@@ -664,7 +715,7 @@ class DeliveryPlanner:
         self._customer_by_identity: dict[str, int | str | None] = {}
         self._customer_by_event: dict[str, int | str | None] = {}
 
-    def plan(self, delivery: Delivery, user: PageViewRow | Leaver) -> None:
+    def plan(self, delivery: Delivery, user: User) -> None:
         """Fill in a delivery that has its number and the user's facts only."""
         if isinstance(user, Leaver):
             identity = Identity(self._identify_by, user.identity)
@@ -675,37 +726,32 @@ class DeliveryPlanner:
         except UnusableRow as problem:
             delivery.problem = problem
 
-    def _plan_row(self, delivery: Delivery, row: PageViewRow) -> None:
-        columns = row._asdict()
-        identity = identify(columns, self._identify_by)
-        update = make_user_payload(columns, identity)
-        event = make_event_payload(columns, identity)
-        delivery.email = normalize_email(row.email) or None
+    def _plan_row(self, delivery: Delivery, user: PageViewRow) -> None:
+        row = user._asdict()
+        identity = identify(row, self._identify_by)
+        update = make_user_payload(row, identity)
+        event = make_event_payload(row, identity)
+        delivery.email = normalize_email(user.email) or None
         delivery.event_id = event["id"]
-        self._claim(identity, event["id"], row.user_id)
+        self._check_clashes(identity, event["id"], user.user_id)
+        self._customer_by_identity[identity.value] = user.user_id
+        self._customer_by_event[event["id"]] = user.user_id
         self._decide(delivery, identity, update, event)
 
-    def _claim(
+    def _check_clashes(
         self, identity: Identity, event_id: str, user_id: int | str | None
     ) -> None:
-        """Take an identity and an event ID for a customer.
-
-        Raises UnusableRow if another customer has one of them.
-        """
+        """Raise UnusableRow if an earlier row has the identity or the view."""
         if identity.value in self._customer_by_identity:
             other = self._customer_by_identity[identity.value]
-            if identity.identify_by is IdentifyBy.USER_ID:
-                problem = UnusableRow("it has two rows", "make customers.id unique")
-            else:
-                clash = f"customer {other} has the same address"
-                problem = UnusableRow(clash, "merge the two")
-            raise problem
+            if str(other) == str(user_id):
+                raise UnusableRow("it has two rows", "make customers.id unique")
+            problem = f"customer {other} has the same address"
+            raise UnusableRow(problem, "merge the two")
         if event_id in self._customer_by_event:
             other = self._customer_by_event[event_id]
-            clash = f"customer {other} has the same page view"
-            raise UnusableRow(clash, "make page_views.id unique")
-        self._customer_by_identity[identity.value] = user_id
-        self._customer_by_event[event_id] = user_id
+            problem = f"customer {other} has the same page view"
+            raise UnusableRow(problem, "make page_views.id unique")
 
     def _decide(
         self,
@@ -715,13 +761,9 @@ class DeliveryPlanner:
         event: dict[str, Any] | None,
     ) -> None:
         """Make the calls, or none if they were delivered already, or in a dry run."""
-        update_call = Call(USERS_UPDATE, identity, to_compact_json(update))
-        event_call = None
-        if event is not None:
-            event_call = Call(EVENTS_TRACK, identity, to_compact_json(event))
-        calls = UserCalls(delivery.number, update_call, event_call)
-        event_json = "" if event_call is None else event_call.payload
-        content = f"{update_call.payload} {event_json} {self._project}"
+        update_json = to_compact_json(update)
+        event_json = "" if event is None else to_compact_json(event)
+        content = f"{update_json} {event_json} {self._project}"
         fingerprint = hashlib.sha256(content.encode()).hexdigest()
         delivery.fingerprint = fingerprint
         is_delivered = self._memory.has_delivered(delivery.user_id, fingerprint)
@@ -731,22 +773,42 @@ class DeliveryPlanner:
             delivery.skipped_as = Status.WOULD_SEND
             delivery.payloads = {"users_update": update, "events_track": event}
         else:
-            delivery.calls = calls
+            update_call = Call(USERS_UPDATE, identity, update_json)
+            event_call = Call(EVENTS_TRACK, identity, event_json) if event else None
+            delivery.calls = UserCalls(delivery.number, update_call, event_call)
 
 
-# Recording and reporting
+def plan_deliveries(
+    planner: DeliveryPlanner, users: deque[User], control: RunControl
+) -> Iterator[Delivery]:
+    """Yield a delivery for each user. When the run is ending, they come without calls.
 
-# More users than this: the console shows progress in place of a line for each success.
-MANY_USERS = 100
-# More users than this: a run without --bulk says how long it will take.
-LARGE_RUN = 5000
+    Uses up the users, so their memory is free while the rest is sent.
+    """
+    number = 0
+    while users:
+        number += 1
+        user = users.popleft()
+        delivery = Delivery(number, user.user_id, user.email)
+        if not control.no_new_users.is_set():
+            try:
+                planner.plan(delivery, user)
+            except Exception as error:  # noqa: BLE001 - every user goes on record
+                control.end(explain_ending(error))
+        yield delivery
+
+
+# Counting and reporting
+
+MANY_USERS = 100  # with more, the console shows progress and not each success
+LARGE_RUN = 5000  # with more users, a run without --bulk says how long it will take
 PROGRESS_SECONDS = 2.0  # between two lines of progress
 MAX_SHOWN_FAILURES = 20  # on the console, of many users
 MAX_SHOWN_REASONS = 10  # in the summary
 MAX_SHOWN_PAYLOADS = 3  # users of a dry run
 MAX_SHOWN_NAME = 320  # characters of an address, the most that one has
 
-# How the console names what became of a user. The others have no line.
+# A user's line on the console. With any other status a user has none.
 LINE_WORDS = {
     Status.SUCCESS: "✓ Successfully processed user",
     Status.PARTIAL_FAILURE: "⚠ Partially processed user",
@@ -754,38 +816,22 @@ LINE_WORDS = {
     Status.FORGOTTEN: "Forgotten at the user's own request, so not sent",
     Status.RESET: "✓ Left the segment, recent_page_view reset",
 }
-SUMMARY_WORDS = {
+# The counts that the summary always has, and those that it has unless they are 0.
+RUN_WORDS = {
     Status.SUCCESS: "✓ Successful (both API calls)",
     Status.PARTIAL_FAILURE: "⚠ Partial failures (one call failed)",
     Status.TOTAL_FAILURE: "✗ Total failures (both calls failed)",
+}
+DRY_RUN_WORDS = {
+    Status.WOULD_SEND: "Would send",
+    Status.TOTAL_FAILURE: "Cannot be sent",
+}
+OTHER_WORDS = {
     Status.FORGOTTEN: "Forgotten at their own request",
     Status.RESET: "Left the segment, recent_page_view reset",
     Status.UNCHANGED: "Unchanged since they were delivered, not sent again",
     Status.NOT_ATTEMPTED: "Not attempted",
 }
-DRY_RUN_WORDS = {
-    Status.WOULD_SEND: "Would send",
-    Status.TOTAL_FAILURE: "Cannot be sent",
-    Status.UNCHANGED: SUMMARY_WORDS[Status.UNCHANGED],
-    Status.NOT_ATTEMPTED: SUMMARY_WORDS[Status.NOT_ATTEMPTED],
-}
-ALWAYS_IN_SUMMARY = {
-    Status.SUCCESS,
-    Status.PARTIAL_FAILURE,
-    Status.TOTAL_FAILURE,
-    Status.WOULD_SEND,
-}
-
-
-class Ending(NamedTuple):
-    """How a run ended: for the results file, for the process and for the console.
-
-    `why` is empty for a run that was not ended early.
-    """
-
-    outcome: str
-    exit_code: int
-    why: str
 
 
 class Tally:
@@ -794,7 +840,7 @@ class Tally:
     def __init__(self, total: int) -> None:
         self.total = total
         self.counts: Counter[Status] = Counter()
-        #: The number of users for each reason of failure, apart for known failures.
+        #: Users for each reason of failure, apart for those with `is_known`.
         self.new_reasons: Counter[Reason] = Counter()
         self.known_reasons: Counter[Reason] = Counter()
         self._began = time.monotonic()
@@ -859,6 +905,37 @@ class Tally:
         }
 
 
+def log_call(result: CallResult, level: int, user: str) -> None:
+    """Write a call to the log file, with the answer if it failed."""
+    if result.ok:
+        log.info("%s (%s)", result.headline, user, extra=FILE_ONLY)
+        return
+    log.log(level, "%s (%s)", result.headline, user, extra=FILE_ONLY)
+    answer = " ".join((result.body or result.message).split())
+    log.log(level, "Response: %s", answer, extra=FILE_ONLY)
+
+
+def show_reasons(
+    reasons: Counter[Reason],
+    ending: Ending,
+    level: int,
+    extra: dict[str, str] | None,
+) -> None:
+    """Show the most frequent reasons of failure."""
+    for reason, count in reasons.most_common(MAX_SHOWN_REASONS):
+        users = "1 user" if count == 1 else f"{count} users"
+        text = f"{reason.brief}: {reason.advice}"
+        if reason.endpoint is None:
+            text = reason.advice  # which begins with what the brief says
+        elif reason.advice in ending.why:
+            text = reason.brief  # the advice is shown already
+        log.log(level, "  %s: %s", users, text, extra=extra)
+    hidden = len(reasons) - MAX_SHOWN_REASONS
+    if hidden > 0:
+        text = "  %d more reasons stand in the results file"
+        log.log(level, text, hidden, extra=extra)
+
+
 class Narrator:
     """Says on console and log what happens: users in their order, then the summary."""
 
@@ -880,54 +957,42 @@ class Narrator:
             self._next_number += 1
 
     def _show_user(self, delivery: Delivery) -> None:
-        if delivery.status is Status.WOULD_SEND:
+        status = delivery.status
+        if status is Status.WOULD_SEND:
             self._show_payloads(delivery)
-        if delivery.status not in LINE_WORDS:
+        if status not in LINE_WORDS:
             return
-        is_failure = delivery.status.is_failure
-        if is_failure and not delivery.is_known:
-            self._shown_failures += 1
-        extra = None if self._is_for_console(delivery) else FILE_ONLY
-        level = logging.ERROR if is_failure else logging.INFO
-        total = self._tally.total
-        if not self._has_many:
-            if extra is None:
-                log.info("", extra=CONSOLE_ONLY)
-            log.info("Processing record %d/%d", delivery.number, total, extra=extra)
+        level = logging.ERROR if status.is_failure else logging.INFO
+        extra = self._find_destination(delivery)
+        record = f"record {delivery.number}/{self._tally.total}"
         email = str(delivery.email or "").strip()[:MAX_SHOWN_NAME]
         name = email or f"customer {delivery.user_id}"
-        self._log_calls(delivery, level, name)
-        text = f"{LINE_WORDS[delivery.status]}: {name}"
+        text = f"{LINE_WORDS[status]}: {name}"
         if self._has_many:
-            text += f" (record {delivery.number}/{total})"
-        if is_failure:
+            text += f" ({record})"
+        else:
+            if extra is None:
+                log.info("", extra=CONSOLE_ONLY)
+            log.info("Processing %s", record, extra=extra)
+        if status.is_failure:
             briefs = ", ".join(reason.brief for reason in delivery.reasons)
             text += f": {briefs}"
+        if not self._has_many or status is not Status.SUCCESS:
+            for result in delivery.results:
+                log_call(result, level, f"{record}, {name}")
         log.log(level, "%s", text, extra=extra)
 
-    def _is_for_console(self, delivery: Delivery) -> bool:
+    def _find_destination(self, delivery: Delivery) -> dict[str, str] | None:
+        """Return the `extra` of a user's lines. Counts the failures of many users."""
         if delivery.is_known:
-            return False
+            return FILE_ONLY
         if not self._has_many:
-            return True
-        return delivery.status.is_failure and self._shown_failures <= MAX_SHOWN_FAILURES
-
-    def _log_calls(self, delivery: Delivery, level: int, name: str) -> None:
-        """Write the calls of a user to the log file, with the answer to a failed one.
-
-        Of many users, a success has one line only.
-        """
-        if self._has_many and delivery.status is Status.SUCCESS:
-            return
-        place = f"record {delivery.number}/{self._tally.total}"
-        for result in delivery.results:
-            call_level = logging.INFO if result.ok else level
-            log.log(
-                call_level, "%s (%s, %s)", result.headline, place, name, extra=FILE_ONLY
-            )
-            if not result.ok:
-                answer = " ".join((result.body or result.message).split())
-                log.log(level, "Response: %s", answer, extra=FILE_ONLY)
+            return None
+        if delivery.status.is_failure:
+            self._shown_failures += 1
+            if self._shown_failures <= MAX_SHOWN_FAILURES:
+                return None
+        return FILE_ONLY
 
     def _show_payloads(self, delivery: Delivery) -> None:
         self._shown_payloads += 1
@@ -943,61 +1008,197 @@ class Narrator:
         if not self._has_many or now - self._last_progress < PROGRESS_SECONDS:
             return
         self._last_progress = now
-        total = self._tally.total
-        done = self._tally.counts.total()
-        speed = done / self._tally.seconds
-        left = f"{(total - done) / speed:.0f} s left" if speed else "nobody done yet"
-        log.info(
-            "Progress: %d/%d (%d %%), %.1f users/s, %s, failures: %d",
-            done,
-            total,
-            100 * done // total,
-            speed,
-            left,
-            self._tally.failures,
-            extra=PROGRESS,
-        )
+        tally = self._tally
+        done = tally.counts.total()
+        speed = done / tally.seconds
+        seconds_left = (tally.total - done) / speed if done else 0
+        left = f"{seconds_left:.0f} s left" if done else "nobody done yet"
+        share = f"{done}/{tally.total} ({100 * done // tally.total} %)"
+        text = f"{share}, {speed:.1f} users/s, {left}, failures: {tally.failures}"
+        log.info("Progress: %s", text, extra=PROGRESS)
 
     def show_summary(self, ending: Ending, results: Path, seconds: float) -> None:
-        """Show the end of the run; under --quiet, when something is new and wrong."""
+        """Show how the run ended. Under --quiet that is shown only if it is news."""
         tally = self._tally
         is_news = bool(ending.why or tally.new_reasons)
-        level = logging.WARNING if is_news else logging.INFO
+        level = logging.WARNING if is_news else logging.INFO  # for --quiet
         log.log(level, "", extra=CONSOLE_ONLY)
         if ending.why:
             log.error("The run ended early: %s", ending.why)
         log.log(level, "INTEGRATION SUMMARY")
         log.log(level, "Total users processed: %d", tally.total)
-        words = DRY_RUN_WORDS if self._is_dry_run else SUMMARY_WORDS
-        for status, text in words.items():
+        words = DRY_RUN_WORDS if self._is_dry_run else RUN_WORDS
+        for status, text in {**words, **OTHER_WORDS}.items():
             count = tally.counts[status]
-            if count or status in ALWAYS_IN_SUMMARY:
+            if count or status in words:
                 log.log(level, "%s: %d", text, count)
-        self._show_reasons(tally.new_reasons, level, ending, None)
-        self._show_reasons(tally.known_reasons, level, ending, FILE_ONLY)
+        show_reasons(tally.new_reasons, ending, level, None)
+        show_reasons(tally.known_reasons, ending, level, FILE_ONLY)
         log.log(level, "Results: %s", results)
         speed = tally.compute_speed(seconds)
         log.log(level, "Time: %.1f s, %.1f users a second", seconds, speed)
 
-    def _show_reasons(
-        self,
-        reasons: Counter[Reason],
-        level: int,
-        ending: Ending,
-        extra: dict[str, str] | None,
-    ) -> None:
-        for reason, count in reasons.most_common(MAX_SHOWN_REASONS):
-            users = "1 user" if count == 1 else f"{count} users"
-            text = reason.brief
-            if reason.endpoint is None:
-                text = reason.advice  # which begins with what the brief says
-            elif reason.advice not in ending.why:
-                text = f"{reason.brief}: {reason.advice}"
-            log.log(level, "  %s: %s", users, text, extra=extra)
-        hidden = len(reasons) - MAX_SHOWN_REASONS
-        if hidden > 0:
-            text = "  %d more reasons stand in the results file"
-            log.log(level, text, hidden, extra=extra)
+
+# The machine
+
+# Open files that a run needs besides the connections to Iterable.
+OTHER_OPEN_FILES = 32
+
+
+def limit_workers(max_workers: int) -> int:
+    """Ask for the open files that are needed; return how many workers they allow."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = max_workers + OTHER_OPEN_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return max_workers
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    except (OSError, ValueError):
+        allowed = soft
+    workers = max(1, min(max_workers, allowed - OTHER_OPEN_FILES))
+    if workers < max_workers:
+        cause = f"this account may open {allowed} files only (ulimit -n)"
+        text = "⚠ %d calls in flight instead of MAX_WORKERS=%d: %s"
+        log.info(text, workers, max_workers, cause)
+    return workers
+
+
+def tune_interpreter() -> None:
+    """Let the threads of a long run hinder each other less."""
+    # The rows are no garbage. To look through a million of them again and again stops
+    # every thread for seconds.
+    gc.freeze()
+    # With Python's 5 ms a busy thread holds up each step of another one's call by that
+    # much, and the calls arrive bunched: one bulk run in five met a 429.
+    sys.setswitchinterval(0.0005)
+
+
+def listen_for_signals(control: RunControl, stops_in_order: threading.Event) -> None:
+    """Wait in a thread for SIGINT, SIGTERM and SIGHUP.
+
+    Until `stops_in_order` is set, the first one ends the process at once. Afterwards
+    the first one stops the run in order, and the second ends the process. So no line of
+    the program is interrupted, and none that blocks in C delays a signal. Signals that
+    are ignored, as under nohup, stay ignored. Raises NoRoomForThread.
+    """
+    signals = {
+        number
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
+
+    def listen() -> None:
+        received = signal.sigwait(signals)
+        if stops_in_order.is_set():
+            control.end(Interrupted(received))
+            received = signal.sigwait(signals)
+        os._exit(128 + received)  # without a word: console or log may block
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # all later threads inherit it
+    try:
+        threading.Thread(target=listen, daemon=True).start()
+    except RuntimeError as error:
+        text = f"no memory for a thread ({error}): raise ulimit -v or -u"
+        raise NoRoomForThread(text) from error
+
+
+# The database and Iterable
+
+
+def make_connection(settings: Settings) -> DatabaseConnection:
+    """Return a connection to the database; a `with` block opens it."""
+    return DatabaseConnection(
+        host=settings.db_host,
+        port=settings.db_port,
+        user=settings.db_user,
+        password=settings.db_password,
+        database=settings.db_name,
+        ssl_ca=settings.db_ssl_ca,
+    )
+
+
+def find_leavers(
+    database: DatabaseConnection,
+    settings: Settings,
+    memory: Memory,
+    rows: Iterable[PageViewRow],
+) -> list[Leaver]:
+    """Return the users who were updated, are in no row, and are still customers.
+
+    Deleted customers and old addresses are left alone: users/update would create a
+    profile that somebody removed.
+    """
+    identify_by = settings.iterable_identify_by
+    present = set()
+    for row in rows:
+        with contextlib.suppress(UnusableRow):
+            present.add(identify(row._asdict(), identify_by).value)
+    updated = memory.users_left(present)
+    ids = [user.user_id for user in updated]
+    emails = database.find_customers(read_query(QUERIES, "customers_by_id"), ids)
+    leavers = []
+    for user in updated:
+        customer = str(user.user_id)
+        if customer in emails:
+            email = normalize_email(emails[customer])
+            identity = email if identify_by is IdentifyBy.EMAIL else customer
+            if identity == user.identity:
+                leavers.append(Leaver(user.user_id, identity, email or None))
+    return leavers
+
+
+def read_database(
+    settings: Settings, options: Options, memory: Memory
+) -> tuple[list[PageViewRow], list[Leaver]]:
+    """Return the rows of Query 2, and the users to be reset.
+
+    Raises DatabaseError, QueryFileError, TooFewUsers.
+    """
+    log.info("[STEP 2] Connecting to database...")
+    with make_connection(settings) as database:
+        log.info("[STEP 3] Executing Phase 2 Query 2...")
+        database.check_columns(read_query(QUERIES, "columns"))
+        rows = database.read_page_views(read_query(QUERIES, "query_2"))
+        log.info("Found %d pro user(s) with recent engagement", len(rows))
+        if options.at_least is not None and len(rows) < options.at_least:
+            few = f"{len(rows)} users found, fewer than --at-least {options.at_least}"
+            raise TooFewUsers(f"Nothing is sent: {few}")
+        leavers: list[Leaver] = []
+        if options.reset_left:
+            leavers = find_leavers(database, settings, memory, rows)
+            log.info("Found %d user(s) who left the segment", len(leavers))
+        return rows[: options.limit], leavers
+
+
+def build_client(settings: Settings, control: RunControl) -> IterableClient:
+    """Return the client for the project. Raises NetworkSettingsError."""
+    return IterableClient(
+        settings.iterable_api_base_url,
+        settings.iterable_api_key,
+        rate=settings.iterable_rate_limit,
+        timeout=settings.iterable_timeout,
+        workers=limit_workers(settings.max_workers),
+        retry=RetryPolicy(settings.iterable_max_attempts),
+        control=control,
+        redact=build_redactor(settings.iterable_api_key, settings.db_password),
+    )
+
+
+def show_duration(client: IterableClient, users: int) -> None:
+    """Say how long a large run takes singly, and in bulk."""
+    singly = client.estimate_seconds(users, bulk=False)
+    in_bulk = client.estimate_seconds(users, bulk=True)
+    text = "%d users take %.0f s or more; with --bulk %.0f s or more"
+    log.info(text, users, singly, in_bulk)
+
+
+def show_cost(client: IterableClient, updates: int, resets: int, *, bulk: bool) -> None:
+    """Say what a run would cost that is not dry."""
+    calls = client.count_calls(updates, updates - resets, bulk=bulk)
+    seconds = client.estimate_seconds(updates, bulk=bulk)
+    text = "Dry run, nothing was sent. A run would make %d calls, in %.1f s or more"
+    log.info(text, calls, seconds)
 
 
 # The run
@@ -1012,21 +1213,18 @@ class DeliveryRun:
 
     def __init__(
         self,
-        *,
         client: IterableClient,
         results: ResultsFile,
         memory: Memory,
-        total: int,
         options: Options,
+        total: int,
     ) -> None:
         self.tally = Tally(total)
+        self._narrator = Narrator(self.tally, is_dry_run=options.dry_run)
         self._client = client
-        self._control = client.control
         self._results = results
         self._memory = memory
-        self._is_bulk = options.bulk
-        self._hides_known = options.quiet and options.changed_only
-        self._narrator = Narrator(self.tally, is_dry_run=options.dry_run)
+        self._options = options
         self._unrecorded: dict[int, Delivery] = {}  # by number
 
     def send(self, deliveries: Iterator[Delivery]) -> None:
@@ -1034,11 +1232,12 @@ class DeliveryRun:
 
         An error ends the run. What was delivered by then is recorded all the same.
         """
-        with self._client.sender(self._announce, bulk=self._is_bulk) as sender:
+        client = self._client
+        with client.sender(self._announce, bulk=self._options.bulk) as sender:
             try:
                 self._send_with(sender, deliveries)
             except Exception as error:  # noqa: BLE001 - every user goes on record
-                self._control.end(explain_ending(error))
+                client.control.end(explain_ending(error))
         # There are none of either, unless an error came.
         for delivery in list(self._unrecorded.values()):
             self._record(delivery)
@@ -1080,13 +1279,15 @@ class DeliveryRun:
 
     def _record(self, delivery: Delivery) -> None:
         line = delivery.make_line()
-        if self._hides_known and delivery.status.is_failure:
+        hides_known = self._options.quiet and self._options.changed_only
+        if hides_known and delivery.status.is_failure:
             delivery.is_known = self._memory.knows_failure(line)
         if delivery.status is not Status.UNCHANGED:
+            was_called = bool(delivery.results)
             try:
-                self._results.add(line, sent=bool(delivery.results))
+                self._results.add(line, sent=was_called)
             except ResultsNotWritable as error:
-                self._control.end(error)
+                self._client.control.end(error)
         self._unrecorded.pop(delivery.number, None)
         self.tally.count(delivery)
         self._narrator.show(delivery)
@@ -1094,7 +1295,8 @@ class DeliveryRun:
     def finish(self) -> int:
         """Complete the results file, show the summary and return the exit code."""
         seconds = round(self.tally.seconds, 3)
-        ending = make_ending(self._control.close(), self.tally.failures)
+        # From here on, no signal changes how the run ends.
+        ending = make_ending(self._client.control.close(), self.tally.failures)
         summary = self.tally.make_summary(ending, self._client, seconds)
         try:
             self._results.finish(summary)
@@ -1102,177 +1304,6 @@ class DeliveryRun:
             ending = make_ending(error, self.tally.failures)
         self._narrator.show_summary(ending, self._results.path, seconds)
         return ending.exit_code
-
-
-def explain_ending(error: Exception) -> Exception:
-    """Return the error to end a run with. One that nobody foresaw is logged."""
-    if isinstance(error, KNOWN_ERRORS) and str(error):
-        return error
-    log.critical("Unexpected error", exc_info=error, extra=FILE_ONLY)
-    if isinstance(error, MemoryError):
-        return UnexpectedError("out of memory: raise ulimit -v, or lower MAX_WORKERS")
-    return UnexpectedError(f"unexpected error {error!r}: see the log file")
-
-
-def make_ending(error: Exception | None, failures: int) -> Ending:
-    """Return how a run ends that this error ended early, if it did."""
-    if error is None:
-        exit_code = ExitCode.NOT_ALL_DELIVERED if failures else ExitCode.SUCCESS
-        return Ending("completed", exit_code, "")
-    outcome = "interrupted" if isinstance(error, Interrupted) else "aborted"
-    return Ending(outcome, find_exit_code(error), str(error))
-
-
-def plan_deliveries(
-    planner: DeliveryPlanner,
-    users: deque[PageViewRow | Leaver],
-    control: RunControl,
-) -> Iterator[Delivery]:
-    """Yield a delivery for each user. When the run is ending, they come without calls.
-
-    Uses up the users, so their memory is free while the rest is sent.
-    """
-    number = 0
-    while users:
-        number += 1
-        user = users.popleft()
-        delivery = Delivery(number, user.user_id, user.email)
-        if not control.no_new_users.is_set():
-            try:
-                planner.plan(delivery, user)
-            except Exception as error:  # noqa: BLE001 - every user goes on record
-                control.end(explain_ending(error))
-        yield delivery
-
-
-def run_integration(
-    settings: Settings,
-    options: Options,
-    control: RunControl,
-    stops_in_order: threading.Event,
-) -> int:
-    """Run once, from the rows to the results file, and return the exit code.
-
-    `stops_in_order` is set before the first user is sent: see `listen_for_signals`.
-    Raises the errors of EXIT_CODES; nothing was sent then.
-    """
-    with ResultsFolder(settings.results_dir) as folder:
-        memory = folder.read_memory(
-            iterable=settings.iterable_api_base_url,
-            identify_by=settings.iterable_identify_by.value,
-            for_changes=options.changed_only,
-            for_resets=options.reset_left,
-        )
-        rows, leavers = read_database(settings, options, memory)
-        log.info("[STEP 4] Initializing Iterable API client...")
-        client = build_client(settings, control)
-        log.info("[STEP 5] Processing user records...")
-        users: deque[PageViewRow | Leaver] = deque(rows)
-        users += leavers
-        del rows
-        if len(users) > LARGE_RUN and not options.bulk:
-            show_duration(client, len(users))
-        tune_interpreter()
-        stops_in_order.set()
-        results = folder.create_results_file(
-            describe_run(settings, options), datetime.now().astimezone()
-        )
-        run = DeliveryRun(
-            client=client,
-            results=results,
-            memory=memory,
-            total=len(users),
-            options=options,
-        )
-        planner = DeliveryPlanner(settings, memory, options)
-        run.send(plan_deliveries(planner, users, control))
-        if options.dry_run:
-            show_cost(client, run.tally, len(leavers), bulk=options.bulk)
-        return run.finish()
-
-
-def read_database(
-    settings: Settings, options: Options, memory: Memory
-) -> tuple[list[PageViewRow], list[Leaver]]:
-    """Return the rows of Query 2, and the users to be reset.
-
-    Raises DatabaseError, QueryFileError, TooFewUsers.
-    """
-    log.info("[STEP 2] Connecting to database...")
-    with make_connection(settings) as database:
-        log.info("[STEP 3] Executing Phase 2 Query 2...")
-        database.check_columns(read_query(QUERIES, "columns"))
-        rows = database.read_page_views(read_query(QUERIES, "query_2"))
-        log.info("Found %d pro user(s) with recent engagement", len(rows))
-        if options.at_least is not None and len(rows) < options.at_least:
-            raise TooFewUsers(
-                f"Nothing is sent: {len(rows)} users found,"
-                f" fewer than --at-least {options.at_least}"
-            )
-        leavers: list[Leaver] = []
-        if options.reset_left:
-            leavers = find_leavers(database, settings, memory, rows)
-            log.info("Found %d user(s) who left the segment", len(leavers))
-        return rows[: options.limit], leavers
-
-
-def find_leavers(
-    database: DatabaseConnection,
-    settings: Settings,
-    memory: Memory,
-    rows: Iterable[PageViewRow],
-) -> list[Leaver]:
-    """Return the users who were updated, are in no row, and are still customers.
-
-    Deleted customers and old addresses are left alone: users/update would create a
-    profile that somebody removed.
-    """
-    identify_by = settings.iterable_identify_by
-    present = set()
-    for row in rows:
-        with contextlib.suppress(UnusableRow):
-            present.add(identify(row._asdict(), identify_by).value)
-    candidates = memory.users_left(present)
-    emails = database.find_customers(
-        read_query(QUERIES, "customers_by_id"), [user.user_id for user in candidates]
-    )
-    leavers = []
-    for user in candidates:
-        customer = str(user.user_id)
-        email = emails.get(customer)
-        identity = customer
-        if identify_by is IdentifyBy.EMAIL:
-            identity = normalize_email(email)
-        if customer in emails and identity == user.identity:
-            email = normalize_email(email) or None
-            leavers.append(Leaver(user.user_id, identity, email))
-    return leavers
-
-
-def make_connection(settings: Settings) -> DatabaseConnection:
-    """Return a connection to the database; a `with` block opens it."""
-    return DatabaseConnection(
-        host=settings.db_host,
-        port=settings.db_port,
-        user=settings.db_user,
-        password=settings.db_password,
-        database=settings.db_name,
-        ssl_ca=settings.db_ssl_ca,
-    )
-
-
-def build_client(settings: Settings, control: RunControl) -> IterableClient:
-    """Return the client for the project. Raises NetworkSettingsError."""
-    return IterableClient(
-        settings.iterable_api_base_url,
-        settings.iterable_api_key,
-        rate=settings.iterable_rate_limit,
-        timeout=settings.iterable_timeout,
-        workers=limit_workers(settings.max_workers),
-        retry=RetryPolicy(settings.iterable_max_attempts),
-        control=control,
-        redact=build_redactor(settings.iterable_api_key, settings.db_password),
-    )
 
 
 def describe_run(settings: Settings, options: Options) -> dict[str, Any]:
@@ -1286,98 +1317,43 @@ def describe_run(settings: Settings, options: Options) -> dict[str, Any]:
     }
 
 
-def show_duration(client: IterableClient, users: int) -> None:
-    """Say how long a large run takes singly, and in bulk."""
-    singly = client.estimate_seconds(users, bulk=False)
-    in_bulk = client.estimate_seconds(users, bulk=True)
-    log.info(
-        "%d users take %.0f s or more; with --bulk %.0f s or more",
-        users,
-        singly,
-        in_bulk,
-    )
+def run_integration(
+    settings: Settings,
+    options: Options,
+    control: RunControl,
+    stops_in_order: threading.Event,
+) -> int:
+    """Run once, from the rows to the results file, and return the exit code.
 
-
-def show_cost(client: IterableClient, tally: Tally, resets: int, *, bulk: bool) -> None:
-    """Say what a run would cost that is not dry."""
-    updates = tally.counts[Status.WOULD_SEND]
-    events = updates - resets
-    seconds = client.estimate_seconds(updates, bulk=bulk)
-    calls = client.count_calls(updates, events, bulk=bulk)
-    log.info(
-        "Dry run, nothing was sent. A run would make %d calls, in %.1f s or more",
-        calls,
-        seconds,
-    )
-
-
-# The machine
-
-# Open files that a run needs besides the connections to Iterable.
-OTHER_OPEN_FILES = 32
-
-
-def limit_workers(max_workers: int) -> int:
-    """Ask for the open files that are needed; return how many workers they allow."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = max_workers + OTHER_OPEN_FILES
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return max_workers
-    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    except (OSError, ValueError):
-        allowed = soft
-    workers = max(1, min(max_workers, allowed - OTHER_OPEN_FILES))
-    if workers < max_workers:
-        log.info(
-            "⚠ %d calls in flight instead of MAX_WORKERS=%d: this account may open"
-            " %d files only (ulimit -n)",
-            workers,
-            max_workers,
-            allowed,
-        )
-    return workers
-
-
-def tune_interpreter() -> None:
-    """Let the threads of a long run hinder each other less."""
-    # The rows are no garbage. To look through a million of them again and again stops
-    # every thread for seconds.
-    gc.freeze()
-    # With Python's 5 ms a busy thread holds up each step of another one's call by that
-    # much, and the calls arrive bunched: one bulk run in five met a 429.
-    sys.setswitchinterval(0.0005)
-
-
-def listen_for_signals(control: RunControl, stops_in_order: threading.Event) -> None:
-    """Wait in a thread for SIGINT, SIGTERM and SIGHUP.
-
-    Until `stops_in_order` is set, the first one ends the process at once. Afterwards
-    the first one stops the run in order, and the second ends the process. So no line of
-    the program is interrupted, and none that blocks in C delays a signal. Signals that
-    are ignored, as under nohup, stay ignored. Raises NoRoomForThread.
+    `stops_in_order` is set before the first user is sent: see `listen_for_signals`.
+    Raises KNOWN_ERRORS; nothing was sent then.
     """
-    signals = {
-        number
-        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
-        if signal.getsignal(number) != signal.SIG_IGN
-    }
-
-    def listen() -> None:
-        received = signal.sigwait(signals)
-        if stops_in_order.is_set():
-            control.end(Interrupted(received))
-            received = signal.sigwait(signals)
-        os._exit(128 + received)  # without a word: console or log may block
-
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # all later threads inherit it
-    try:
-        threading.Thread(target=listen, daemon=True).start()
-    except RuntimeError as error:
-        raise NoRoomForThread(
-            f"no memory for a thread ({error}): raise ulimit -v or -u"
-        ) from error
+    with ResultsFolder(settings.results_dir) as folder:
+        memory = folder.read_memory(
+            iterable=settings.iterable_api_base_url,
+            identify_by=settings.iterable_identify_by.value,
+            for_changes=options.changed_only,
+            for_resets=options.reset_left,
+        )
+        rows, leavers = read_database(settings, options, memory)
+        log.info("[STEP 4] Initializing Iterable API client...")
+        client = build_client(settings, control)
+        log.info("[STEP 5] Processing user records...")
+        users: deque[User] = deque([*rows, *leavers])
+        del rows
+        if len(users) > LARGE_RUN and not options.bulk:
+            show_duration(client, len(users))
+        tune_interpreter()
+        stops_in_order.set()
+        now = datetime.now().astimezone()
+        results = folder.create_results_file(describe_run(settings, options), now)
+        run = DeliveryRun(client, results, memory, options, len(users))
+        planner = DeliveryPlanner(settings, memory, options)
+        run.send(plan_deliveries(planner, users, control))
+        if options.dry_run and not control.no_new_users.is_set():
+            updates = run.tally.counts[Status.WOULD_SEND]
+            show_cost(client, updates, len(leavers), bulk=options.bulk)
+        return run.finish()
 
 
 # The checklist
@@ -1390,7 +1366,7 @@ class NotChecked(Exception):
 class Checklist:
     """The deployment checklist: a line an item.
 
-    It sends no user data. Log file and results folder are made if missing. An item that
+    It sends no user data; log file and results folder are made if missing. An item that
     needs a failed one is not checked, so each cause is shown once.
     """
 
@@ -1409,37 +1385,24 @@ class Checklist:
         """Check everything, and return the exit code of the first item that fails."""
         check = self._check
         with self._until_the_end:
-            ready = check("Settings are complete", self._load_settings)
-            check("Log file can be written", self._open_log_file, needs=ready)
-            check(
-                "Results folder can be written and locked",
-                self._use_folder,
-                needs=ready,
-            )
-            connected = check(
-                "Database can be reached and is new enough", self._connect, needs=ready
-            )
-            selectable = check(
-                "Tables and columns of the query are usable",
-                self._check_columns,
-                needs=connected,
-            )
-            check(
-                "The latest page view is not in the future",
-                self._check_latest_view,
-                needs=selectable,
-            )
+            ready = check("Settings are complete", self._load)
+            check("Log file can be written", self._open_log, needs=ready)
+            words = "Results folder can be written and locked"
+            check(words, self._use_folder, needs=ready)
+            words = "Database can be reached and is new enough"
+            connected = check(words, self._connect, needs=ready)
+            words = "Tables and columns of the query are usable"
+            selectable = check(words, self._check_columns, needs=connected)
+            words = "The latest page view is not in the future"
+            check(words, self._check_latest_view, needs=selectable)
             reached = check("Iterable can be reached", self._call_iterable, needs=ready)
             accepted = check("API key is accepted", self._check_key, needs=reached)
-            check(
-                "Iterable's user fields have the types that are sent",
-                self._check_fields,
-                needs=accepted,
-            )
+            words = "Iterable's user fields have the types that are sent"
+            check(words, self._check_fields, needs=accepted)
         return self._exit_code
 
     def _check(
-        self, words: str, action: Callable[[], str], *, needs: bool = True
+        self, words: str, action: Callable[[], str | None], *, needs: bool = True
     ) -> bool:
         """Check an item and log its line. Returns whether it is as it should be."""
         if not needs:
@@ -1457,11 +1420,10 @@ class Checklist:
         log.info("✓ %s%s", words, f" ({finding})" if finding else "")
         return True
 
-    def _load_settings(self) -> str:
-        self.settings = load_settings(self._options)
-        return ""
+    def _load(self) -> None:
+        self.settings = load_environment_variables(self._options.env_file)
 
-    def _open_log_file(self) -> str:
+    def _open_log(self) -> str:
         open_log_file(self.settings, self._options)
         return str(self.settings.log_file)
 
@@ -1480,133 +1442,53 @@ class Checklist:
         self.database = self._until_the_end.enter_context(connection)
         return self.database.version
 
-    def _check_columns(self) -> str:
+    def _check_columns(self) -> None:
         self.database.check_columns(read_query(QUERIES, "columns"))
         query = read_query(QUERIES, "query_2")
         # No EXPLAIN, which an account with rights on SQL views only may not use.
         self.database.execute_query(f"SELECT * FROM ({query}) AS query_2 WHERE FALSE")  # noqa: S608
-        return ""
 
-    def _check_latest_view(self) -> str:
+    def _check_latest_view(self) -> None:
         [row] = self.database.execute_query(read_query(QUERIES, "future_views"))
         if row["latest"] is not None:
-            raise DatabaseError(
-                f"{row['latest']} is in the future: event_time must be UTC,"
-                " and not local time"
-            )
-        return ""
+            cause = "event_time must be UTC, and not local time"
+            raise DatabaseError(f"{row['latest']} is in the future: {cause}")
 
     def _call_iterable(self) -> str:
-        # The call has no user. With a good key Iterable answers 400, else 401.
         self.client = build_client(self.settings, self._control)
         self.key_result = self.client.check_key()
         if not self.key_result.is_usable:
             raise IterableUnavailable(self.key_result.reason)
         return self.settings.iterable_api_base_url
 
-    def _check_key(self) -> str:
+    def _check_key(self) -> None:
+        # The call had no user. With a good key Iterable answers 400, else 401.
         if self.key_result.status != 400:
-            raise KeyRefused(
-                self.key_result.reason
-                or "Iterable answered a request without a user as if it had one"
-            )
-        return ""
+            no_refusal = "Iterable answered a request without a user as if it had one"
+            raise KeyRefused(self.key_result.reason or no_refusal)
 
     def _check_fields(self) -> str:
         result = self.client.get_fields()
-        if not isinstance(result, FieldsResult):
+        if not result.ok:
             raise NotChecked(result.reason)
         sent = dict(USER_FIELD_TYPES)
         if self.settings.iterable_identify_by is IdentifyBy.USER_ID:
             sent["email"] = "string"
         found = dict(result.fields)
-        clashes = [
-            f"{name} is {found[name]} there, and {kind} is sent"
-            for name, kind in sent.items()
-            if found.get(name, kind) != kind
-        ]
+        clashes = []
+        for name, kind in sent.items():
+            if found.get(name, kind) != kind:
+                clashes.append(f"{name} is {found[name]} there, and {kind} is sent")
         if clashes:
             raise CheckFailed(
                 f"{'; '.join(clashes)}: every update would be refused;"
                 " change the type in Iterable, or the name of the field"
             )
-        missing = [name for name in sent if name not in found]
-        if missing:
-            return f"not there before the first run: {', '.join(missing)}"
-        return ""
+        missing = ", ".join(name for name in sent if name not in found)
+        return f"not there before the first run: {missing}" if missing else ""
 
 
-# The command line
-
-
-def parse_count(text: str) -> int:
-    """Return a number of users. Raises argparse.ArgumentTypeError."""
-    try:
-        return parse_whole_number(1, 999_999_999)(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def parse_arguments(argv: Sequence[str] | None) -> Options:
-    """Return the options. Ends the process with 2 and a sentence if they are wrong."""
-    parser = argparse.ArgumentParser(
-        description="Send every pro customer's latest view of the pricing or settings"
-        " page to Iterable.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add_flag = functools.partial(parser.add_argument, action="store_true")
-    add_flag("--dry-run", help="do everything except sending; needs no API key")
-    add(
-        "--limit",
-        type=parse_count,
-        metavar="N",
-        help="send the first N users only (a careful first real run)",
-    )
-    add(
-        "--at-least",
-        type=parse_count,
-        metavar="N",
-        help="send nothing when fewer than N users are found",
-    )
-    add_flag("--changed-only", help="skip users to whom the same was delivered already")
-    add_flag("--reset-left", help="also reset the field of users who left the segment")
-    add_flag("--bulk", help="send groups of up to 1000 users: for large runs")
-    add_flag("--check", help="check the deployment; send no user data")
-    add_flag(
-        "--quiet",
-        help="show warnings and errors only, and no failure that is known already",
-    )
-    add(
-        "--env-file",
-        metavar="PATH",
-        help="read the settings from this file, relative to main.py, and not from .env",
-    )
-    options = parser.parse_args(argv, Options())
-    if options.reset_left and options.limit is not None:
-        parser.error(
-            "--reset-left and --limit exclude each other: the users beyond the limit"
-            " would look as if they had left"
-        )
-    others = [
-        options.dry_run,
-        options.limit,
-        options.at_least,
-        options.changed_only,
-        options.reset_left,
-        options.bulk,
-    ]
-    if options.check and any(others):
-        parser.error("--check goes with --quiet and --env-file only")
-    return options
-
-
-def load_settings(options: Options) -> Settings:
-    """Return the settings for these options. Raises SettingsError."""
-    env_file = None
-    if options.env_file is not None:
-        env_file = HERE / os.path.expanduser(options.env_file)
-    return load_environment_variables(env_file, needs_key=not options.dry_run)
+# The program
 
 
 def open_log_file(settings: Settings, options: Options) -> None:
@@ -1629,7 +1511,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         listen_for_signals(control, stops_in_order)
         if options.check:
             return Checklist(options, control).run()
-        settings = load_settings(options)
+        settings = load_environment_variables(
+            options.env_file, needs_key=not options.dry_run
+        )
         open_log_file(settings, options)
         log.info("Starting Iterable Integration - Phase 3")
         # Said late, because the name of the log file is one of them.

@@ -17,8 +17,6 @@ from iterable_client import (
     USERS_GET_FIELDS,
     USERS_UPDATE,
     CallResult,
-    FieldsResult,
-    GroupResult,
     HttpAnswer,
     IdentifyBy,
     Identity,
@@ -351,7 +349,7 @@ def test_any_answer_to_a_group_has_a_result(status: int, body: str) -> None:
 def test_the_fields_of_a_project() -> None:
     result = interpret_fields(200, '{"fields": {"first_name": "string", "a": "date"}}')
 
-    assert result == FieldsResult(
+    assert result == CallResult(
         USERS_GET_FIELDS.path,
         ok=True,
         status=200,
@@ -466,7 +464,7 @@ def test_a_group_result_says_how_many_attempts() -> None:
 
     result = client.post_group([make_update(1), make_update(2)])
 
-    assert result == GroupResult(
+    assert result == CallResult(
         USERS_BULK_UPDATE.path,
         ok=True,
         status=200,

@@ -339,8 +339,8 @@ def test_a_server_without_tls(certificates: Certificates) -> None:
 
 def test_a_file_without_certificates(own_server: DatabaseServer) -> None:
     assert explain_tls(own_server, "localhost", Path(__file__)) == (
-        "The encrypted connection failed: check that DB_SSL_CA is a file of"
-        " certificates in PEM, and the server's TLS versions"
+        "The encrypted connection failed: check that DB_SSL_CA is a readable"
+        " file of certificates in PEM, and the server's TLS versions"
     )
 
 

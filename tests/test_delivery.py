@@ -229,9 +229,7 @@ def test_a_problem_is_a_total_failure(outcomes: tuple[Outcome, Outcome]) -> None
     delivery.problem = UnusableRow("no address", "correct it")
 
     assert delivery.status is Status.TOTAL_FAILURE
-    assert delivery.reasons == [
-        Reason(None, None, None, "no address", "no address: correct it")
-    ]
+    assert delivery.reasons == [Reason("no address", "no address: correct it")]
 
 
 @pytest.mark.parametrize("status", [Status.UNCHANGED, Status.WOULD_SEND])
@@ -248,11 +246,9 @@ def test_a_user_without_calls_is_not_attempted() -> None:
 
 
 REFUSED_REASON = Reason(
-    "users/update", 400, "BadParams", "users/update 400 BadParams", "correct it"
+    "users/update 400 BadParams", "correct it", "users/update", 400, "BadParams"
 )
-LOST_REASON = Reason(
-    "events/track", None, None, "events/track no answer", "check the network"
-)
+LOST_REASON = Reason("events/track no answer", "check the network", "events/track")
 NOT_SENT = "events/track not sent: the run ended before"
 
 
@@ -265,7 +261,7 @@ def test_each_failed_call_has_its_reason() -> None:
 def test_an_event_that_was_not_sent_is_the_reason() -> None:
     delivery = make_delivery(UPDATED, CANCELLED)
 
-    assert delivery.reasons == [Reason(None, None, None, NOT_SENT, NOT_SENT)]
+    assert delivery.reasons == [Reason(NOT_SENT, NOT_SENT)]
 
 
 def test_a_refused_update_is_the_reason_when_no_event_was_sent() -> None:

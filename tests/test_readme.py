@@ -96,12 +96,11 @@ def list_settings() -> dict[str, str]:
     """The names of all settings, with their defaults as the table writes them."""
     defaults = {}
     for name, setting in main.SETTINGS.items():
-        if setting.default is None:
+        default = setting.metadata["default"]
+        if default is None:
             defaults[name] = "required"
-        elif setting.default == "":
-            defaults[name] = ""
         else:
-            defaults[name] = f"`{setting.default}`"
+            defaults[name] = f"`{default}`" if default else ""
     return defaults
 
 

@@ -21,7 +21,7 @@ from lab.process import Ended, Running
 from lab.segment import WAYS, CreateSegment, Segment, Way
 from lab.standin_handle import StandIn
 
-RUNS = int(os.environ.get("SIMULATION_RUNS", "24"))
+RUNS = int(os.environ.get("SIMULATION_RUNS", "20"))
 SEED = int(os.environ.get("SIMULATION_SEED", "1"))
 CUSTOMERS = 12
 OPTIONS = ("--changed-only", "--reset-left")

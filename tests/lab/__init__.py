@@ -1,1 +1,1 @@
-"""What tests, demo, benchmark and guide run on: private servers, a stand-in for Iterable, main.py as a process."""
+"""Private servers, a stand-in for Iterable, and main.py as a process, for tests."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from iterable_client import CallResult, GroupResult, IdentifyBy, Identity
+from iterable_client import CallResult, IdentifyBy, Identity
 from lab.standin_handle import USERS_BULK_UPDATE, USERS_UPDATE
 from lab.standin_project import make_document
 
@@ -363,7 +363,7 @@ class GroupAnswer(Answer):
         identities: The users of the call.
     """
 
-    result: GroupResult
+    result: CallResult
     identities: Sequence[Identity] = GROUP
 
 
@@ -382,7 +382,7 @@ def confirm(
     """
     document = {"successCount": len(confirmed), "failCount": failed, **lists}
     body = json.dumps(document)
-    result = GroupResult(
+    result = CallResult(
         endpoint=USERS_BULK_UPDATE,
         ok=True,
         status=status,
@@ -403,7 +403,7 @@ def confuse(
     """Return an answer that does not add up, and so says nothing about any user."""
     document = {"successCount": successes, "failCount": failures, **more}
     body = json.dumps(document)
-    result = GroupResult(
+    result = CallResult(
         endpoint=USERS_BULK_UPDATE,
         ok=False,
         status=200,
@@ -421,7 +421,7 @@ def refuse_group(answer: Answer) -> GroupAnswer:
     """
     single = answer.result
     is_success = answer.status < 300
-    result = GroupResult(
+    result = CallResult(
         endpoint=USERS_BULK_UPDATE,
         ok=False,
         status=answer.status,

@@ -108,13 +108,8 @@ def run_deliveries(
         mock.patch.object(iterable_client, "MAX_GROUP_USERS", max_group),
     ):
         results = folder.create_results_file({}, datetime.now(timezone.utc))
-        run = DeliveryRun(
-            client=client,
-            results=results,
-            memory=memory,
-            total=len(users),
-            options=parse_arguments(arguments),
-        )
+        parsed = parse_arguments(arguments)
+        run = DeliveryRun(client, results, memory, parsed, len(users))
         planner = make_planner(*arguments, memory=memory)
         run.send(plan_deliveries(planner, users, client.control))
         exit_code = run.finish()
