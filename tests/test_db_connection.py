@@ -685,7 +685,7 @@ def test_customers_are_found_by_number(reader: dict[str, str]) -> None:
 
 
 def test_numbers_may_be_given_as_text(reader: dict[str, str]) -> None:
-    found = find_customers(reader, ["2", "7x", "-1", "", "12.5"])
+    found = find_customers(reader, ["2", "7x", "-1", "", "12.5", "\udcff"])
 
     assert found == {"2": "sarah.johnson@email.com"}
 

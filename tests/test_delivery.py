@@ -465,8 +465,9 @@ def test_two_customers_by_user_id_may_have_one_address() -> None:
     assert second.problem is None
 
 
-def test_a_customer_with_two_rows_is_sent_once() -> None:
-    plan = start_plan(ITERABLE_IDENTIFY_BY="userId")
+@pytest.mark.parametrize("identify_by", ["email", "userId"])
+def test_a_customer_with_two_rows_is_sent_once(identify_by: str) -> None:
+    plan = start_plan(ITERABLE_IDENTIFY_BY=identify_by)
     plan.plan(1, user_id=7, view_id=1)
 
     second = plan.plan(2, user_id="7", view_id=2)

@@ -612,6 +612,19 @@ def test_a_user_who_was_never_updated_is_not_reset(
     assert segment.sent() == []
 
 
+def test_a_user_whose_update_got_no_answer_is_reset(
+    create_segment: CreateSegment, standin: StandIn
+) -> None:
+    segment = create_segment(Way("email"))
+    standin.fault("reset_after", endpoint=USERS_UPDATE, user=address(2), times=1)
+    segment.run(ITERABLE_MAX_ATTEMPTS="1")
+    segment.leave(2)
+
+    segment.run("--reset-left", "--changed-only")
+
+    assert segment.reset_users() == {address(2)}
+
+
 @pytest.mark.parametrize("identify_by", ["email", "userId"])
 @pytest.mark.parametrize(
     "fault",

@@ -734,6 +734,16 @@ def test_names_that_resemble_a_setting_are_named(
         assert re.search(rf"\b{setting}\b", named[name])
 
 
+def test_a_name_that_may_hold_a_secret_is_not_shown(
+    run_main: RunMain, customer: Database, write_file: WriteFile
+) -> None:
+    path = write_file("DB_PASSWORD:s3cr3t=word\nITERABLE_API_KEY:s3cr3t=\n")
+
+    ended = run_main("--check", "--env-file", str(path), database=customer)
+
+    assert "s3cr3t" not in ended.everything.replace(path.read_text(), "")
+
+
 @pytest.mark.parametrize("option", ["--check", "--dry-run"])
 def test_a_quiet_run_does_not_name_them(
     run_main: RunMain, customer: Database, misspelt: str, option: str

@@ -274,6 +274,26 @@ def test_a_refusal_is_known_by_its_status(standin: StandIn, action: str) -> None
     assert result.attempts == 1
 
 
+def test_a_head_that_drips_takes_too_long(peer: Peer) -> None:
+    finished = threading.Event()
+
+    def drip() -> None:
+        connection = peer.accept()
+        connection.recv(65_536)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+        with contextlib.suppress(OSError):
+            while not finished.wait(0.05):
+                connection.sendall(b"a")
+
+    peer.start(drip)
+    transport = build_transport(peer.url, timeout=0.3)
+
+    with pytest.raises(NoAnswer, match="no answer in time"):
+        transport.exchange(USERS_UPDATE, b"{}", start_at_once)
+
+    finished.set()
+
+
 def test_an_endless_answer_is_cut(peer: Peer) -> None:
     beginning = b"HTTP/1.1 400 Bad Request\r\n\r\n" + b"x" * 5_000_000
     peer.start(peer.serve, beginning)
