@@ -736,12 +736,15 @@ class _AnswerReader(io.RawIOBase):
         self._sock = sock
         self._raw = sock.makefile("rb", buffering=0)
         self._deadline = monotonic() + (sock.gettimeout() or 0.0)
+        self._is_first = True
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(max(self._deadline - monotonic(), 0.001))
+        if not self._is_first:  # most answers come at once
+            self._sock.settimeout(max(self._deadline - monotonic(), 0.001))
+        self._is_first = False
         return self._raw.readinto(buffer)
 
     def close(self) -> None:
@@ -819,6 +822,9 @@ class _Connection(HTTPConnection):
 
         A TLS server sends tickets first, so it is not enough that there are bytes.
         """
+        is_decrypted = isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0
+        if self.is_connected and not is_decrypted:
+            return False  # there are none
         self.sock.settimeout(0)
         try:
             self.sock.recv(1)
