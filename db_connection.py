@@ -26,7 +26,7 @@ from mysql.connector.network import MySQLTCPSocket
 
 CONNECT_TIMEOUT = 10  # seconds, for the connection and for each answer of the login
 QUERY_TIMEOUT = 600  # seconds without a byte from the server
-ROWS_AT_ONCE = 1000  # one by one takes longer; before parsing a row takes 1.2 KB
+ROWS_AT_ONCE = 1000  # one by one is slower, and an unparsed row takes 1.2 KB
 IDS_AT_ONCE = 1000  # customers looked up by one statement
 
 # https://dev.mysql.com/doc/connector-python/en/connector-python-connectargs.html
@@ -37,16 +37,17 @@ _OPTIONS = {
     "autocommit": True,
     # When a query is left before its last row, the other rows are dropped.
     "consume_results": True,
-    # The minus switches off the description of this computer for the server. For that
-    # the connector starts lsb_release, and it fails when the host name is long.
+    # The minus switches off a description of this computer for the server. To make it
+    # the connector starts lsb_release, and with a long host name connecting fails.
     "client_flags": [-ClientFlag.CONNECT_ARGS],
 }
 
 # The first versions with window functions and common table expressions.
 _OLDEST_VERSIONS = {"MySQL": (8, 0), "MariaDB": (10, 2)}
 
-# Whatever of the server's defaults decides which rows arrive and how they look. The
-# text in /*M! */ is for MariaDB alone: tables that keep old rows give those of now.
+# Sets every server default that decides which rows arrive and how they look. Only
+# MariaDB executes the text in /*M! */: of a table that keeps old rows it reads the
+# current ones.
 _SESSION = (
     """
     SET SESSION
@@ -76,8 +77,8 @@ class QueryFileError(Exception):
 class PageViewRow(NamedTuple):
     """A row of Query 2: a customer with the latest page view.
 
-    Whole numbers are int, NULL is None, anything else is the text that the server
-    sends. Lone surrogates stand for bytes that are not UTF-8.
+    Whole numbers are int, NULL is None, a JSON string is its content, and anything else
+    is the text that the server sends. Lone surrogates stand for bytes not in UTF-8.
     """
 
     user_id: Value
@@ -114,7 +115,8 @@ class DatabaseConnection:
 
     An account with SELECT alone is enough. `host` is a name, or the path of a Unix
     socket when it begins with `/`. With `ssl_ca` the certificate and the name of the
-    server are verified. Entering the block and its methods raise DatabaseError.
+    server are verified. Entering the block and its methods raise DatabaseError, and
+    QueryFileError when a query returns other columns than are read.
     """
 
     version: str  # such as "MySQL 9.7.0" or "MariaDB 10.11.6"
@@ -147,7 +149,7 @@ class DatabaseConnection:
             self._config["ssl_verify_cert"] = True
             self._config["ssl_verify_identity"] = True
         self._connection = MySQLConnection()
-        # The connector has no option for this.
+        # So that no password is sent unencrypted, for which there is no option.
         self._connection._authenticator = _Authenticator()
         self._is_logged_in = False
 
@@ -198,6 +200,7 @@ class DatabaseConnection:
         with self._cursor() as cursor:
             cursor.execute(sql)
             _require_names("query_2", cursor.column_names, PageViewRow._fields)
+            # Past the cursor, which would convert the values: see _parse_rows.
             end_of_result = None  # the packet that follows the last row
             while end_of_result is None:
                 some, end_of_result = self._connection.get_rows(ROWS_AT_ONCE, raw=True)
@@ -206,12 +209,13 @@ class DatabaseConnection:
         return rows
 
     def find_customers(self, sql: str, ids: Iterable[int | str]) -> dict[str, Value]:
-        """Return the addresses of those customers who are there, by id as text.
+        """Return the address of each of these customers that exists, by id as text.
 
-        `sql` is the query `customers_by_id`. Its ids are given as text, which a server
-        converts to the type of the column, so that it can use the index.
+        `sql` is the query `customers_by_id`. Its ids are passed as text: the server
+        converts them to the type of the column, and can still use the index.
         """
-        # An id that is no text in UTF-8, of a damaged results file, is in no table.
+        # A damaged results file can give an id that UTF-8 cannot express. It is in no
+        # table.
         texts = [str(customer_id) for customer_id in ids]
         wanted = [
             text for text in texts if text.encode(errors="ignore").decode() == text
@@ -395,7 +399,7 @@ def _parse_repeated_text(value: bytes) -> str:
 
 
 def _parse_json(value: bytes) -> str | None:
-    """Return a string without its quotes; what is no string stays as it is written."""
+    """Return a string without its quotes, None for null, anything else as written."""
     text = _parse_text(value)
     parsed = json.loads(text)
     return parsed if isinstance(parsed, str | None) else text
@@ -417,7 +421,7 @@ class _Authenticator(MySQLAuthenticator):
         self, sock: Any, handshake: Any, *args: Any, **kwargs: Any
     ) -> bytes:
         """Log in, as the connector does. Raises DatabaseError instead of a leak."""
-        # Nobody can listen at a Unix socket.
+        # Nobody can listen at a Unix socket. `password1` is the password.
         if isinstance(sock, MySQLTCPSocket) and not self.ssl_enabled:
             sock = _UnencryptedSocket(sock, kwargs["password1"])
         return super().authenticate(sock, handshake, *args, **kwargs)
@@ -430,10 +434,10 @@ class _UnencryptedSocket:
         self._sock = sock
         self._clear_text = password.encode() + b"\0"
 
-    def send(self, payload: bytes, *numbers: Any) -> None:
+    def send(self, payload: bytes, *packet_numbers: Any) -> None:
         if payload == self._clear_text:
             raise DatabaseError(_CLEAR_TEXT_LOGIN)
-        self._sock.send(payload, *numbers)
+        self._sock.send(payload, *packet_numbers)
 
     def recv(self, *timeout: Any) -> bytearray:
         return self._sock.recv(*timeout)
@@ -441,12 +445,12 @@ class _UnencryptedSocket:
 
 # Advice
 
-# What can fail: until the server has introduced itself, until it has accepted the
-# account, and afterwards.
+# `connection` until the server has introduced itself, `login` until it has accepted the
+# account, `query` afterwards.
 _Phase: TypeAlias = Literal["connection", "login", "query"]
 
 # Besides its own errors the connector lets these through, for a host name that cannot
-# be one, and for a server that is not MySQL.
+# be one, for a server that is not MySQL, and for one that breaks off in mid-answer.
 _DRIVER_ERRORS = (
     errors.Error,
     AttributeError,
@@ -458,7 +462,10 @@ _DRIVER_ERRORS = (
 
 
 def _explain(error: Exception, phase: _Phase) -> str:
-    """Return what happened and what to do, and the error's own words, in one line."""
+    """Return what happened and what to do, in one line.
+
+    The error's own words follow, except for time-outs.
+    """
     if isinstance(error, errors.ReadTimeoutError):
         return (
             f"The database was silent for {QUERY_TIMEOUT} s:"
@@ -491,7 +498,8 @@ def _advise(error: Exception, phase: _Phase) -> str:
     if isinstance(cause, socket.gaierror):
         return "The host name is not known: check DB_HOST, and this computer's DNS"
     # The connector lacks the login method, or a package for it.
-    if isinstance(error, (errors.NotSupportedError, errors.ProgrammingError)):
+    method_errors = (errors.NotSupportedError, errors.ProgrammingError)
+    if phase == "login" and isinstance(error, method_errors):
         return _UNKNOWN_METHOD
     if str(error).endswith(" requires SSL"):  # of a login method
         return _CLEAR_TEXT_LOGIN
@@ -567,8 +575,9 @@ _ADVICE = {
     1142: _NOT_ALLOWED,
     1143: _NOT_ALLOWED,
     1045: (
-        "The database refused the login: check DB_USER and DB_PASSWORD, and whether"
-        " the account is for this computer's address and REQUIREs TLS or a certificate"
+        "The database refused the login: check DB_USER and DB_PASSWORD, whether the"
+        " account is for this computer's address, and whether it REQUIREs TLS or a"
+        " certificate"
     ),
     1049: "There is no such database: check DB_NAME, or load database_setup.sql",
     1054: _MISSING,
@@ -605,7 +614,7 @@ _ADVICE = {
     3118: _LOCKED,
     3955: _LOCKED,  # after failed logins
     4151: _LOCKED,
-    2026: (
+    2026: (  # for the connector it has this meaning only
         "DB_SSL_CA is set, but the database server offers no TLS: set TLS up on the"
         " server"
     ),

@@ -7,6 +7,7 @@ https://api.iterable.com/api/docs, unless another page is named.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.client
 import io
@@ -273,10 +274,10 @@ class CallResult:
     status: int | None = None  # None if there was no answer
     code: str | None = None
     message: str = ""  # Iterable's `msg`, or what happened instead
-    # Why it failed and what to do, the same for all users with whom it is the same.
+    # Why it failed and what to do. The user is not in it, so equal ones are counted.
     reason: str = ""
     body: str = ""  # the beginning of the answer to a call that failed
-    attempts: int = 1
+    attempts: int = 1  # also those answered 429, which `max_attempts` does not count
     is_retryable: bool = False
     is_refused_key: bool = False  # in Iterable's own words
     is_unexpected: bool = False  # an error of this program
@@ -316,7 +317,8 @@ def interpret(
 ) -> CallResult:
     """Return what an answer means. The reason does not name these `identities`.
 
-    Only a 2xx with the code Success is a success: some refusals have one of the two.
+    A success is a 2xx with the code Success, whose `msg` does not say "disallowed".
+    Some refusals have one or two of these.
     """
     answer = _parse_object(text)
     code = _get_text(answer, "code")
@@ -345,7 +347,7 @@ def interpret_group(
     It is believed only when its counts add up with the users that its lists name.
     """
     if status // 100 != 2:
-        # Without the code, which says nothing about one user.
+        # Without the code, which would be taken for an answer about each user.
         return replace(interpret(endpoint, status, text), code=None)
     answer = _parse_object(text)
     sent = {identity.value for identity in identities}
@@ -379,8 +381,8 @@ def interpret_fields(status: int, text: str) -> CallResult:
 def _find_named_users(answer: dict[str, Any], identify_by: IdentifyBy) -> set[str]:
     """Return the users whom the lists of a bulk answer name.
 
-    Not those named conflict..., which name the other user of a conflict: that one may
-    be in this group and delivered.
+    Lists whose key begins with "conflict" are left out. They name the other user of a
+    conflict, who may be in this group and delivered.
     """
     named: set[str] = set()
     failed_updates = _as_object(answer.get("failedUpdates"))
@@ -495,8 +497,8 @@ class RunControl:
     """
 
     def __init__(self) -> None:
-        #: No update may start, and no call is retried. Events of users whose update
-        #: was made are still sent.
+        #: No update may start, and no call is retried. Users whose update has ended, be
+        #: it with a failure, still get their events.
         self.no_new_users = threading.Event()
         #: No call at all may start.
         self.nothing_more = threading.Event()
@@ -688,7 +690,7 @@ class NameCache:
         self._valid_until = -math.inf  # monotonic seconds
 
     def look_up(self, host: str, port: int) -> list[str]:
-        """Return the host's addresses, those that answered last in front.
+        """Return the host's addresses; those that did not answer come last.
 
         Raises socket.gaierror. Threads that wait for a look-up share its outcome.
         """
@@ -737,11 +739,14 @@ class _AnswerReader(io.RawIOBase):
         self._raw = sock.makefile("rb", buffering=0)
         self._deadline = monotonic() + (sock.gettimeout() or 0.0)
         self._is_first = True
+        self.has_ended = False  # then nothing more is read
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
+        if self.has_ended:
+            return 0
         if not self._is_first:  # most answers come at once
             self._sock.settimeout(max(self._deadline - monotonic(), 0.001))
         self._is_first = False
@@ -749,6 +754,23 @@ class _AnswerReader(io.RawIOBase):
 
     def close(self) -> None:
         self._raw.close()
+        super().close()
+
+
+class _AnswerBuffer(io.BufferedReader):
+    """Reads an answer, and ends a connection on which more than the answer came."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._reader = _AnswerReader(sock)
+        super().__init__(self._reader)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._reader.has_ended = True
+            if self.peek():
+                with contextlib.suppress(OSError):
+                    self._sock.shutdown(socket.SHUT_RDWR)
         super().close()
 
 
@@ -762,7 +784,7 @@ class _FinalResponse(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
         super().__init__(sock, *arguments, **options)
         self.fp.close()
-        self.fp = io.BufferedReader(_AnswerReader(sock))
+        self.fp = _AnswerBuffer(sock)
 
     def begin(self) -> None:
         super().begin()
@@ -800,7 +822,8 @@ class _Connection(HTTPConnection):
         self._transport.take_turn()
         if self._has_lapsed():
             raise _ConnectionLapsed
-        self.timeout = self._transport.timeout  # for urllib3 that to connect holds on
+        # Else urllib3 would send with the time-out for connecting.
+        self.timeout = self._transport.timeout
         super().request(*arguments, **options)
 
     def send(self, data: Any) -> None:
@@ -823,8 +846,9 @@ class _Connection(HTTPConnection):
         A TLS server sends tickets first, so it is not enough that there are bytes.
         """
         is_decrypted = isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0
+        # For urllib3, connected means that no bytes wait in the socket.
         if self.is_connected and not is_decrypted:
-            return False  # there are none
+            return False
         self.sock.settimeout(0)
         try:
             self.sock.recv(1)
@@ -923,7 +947,7 @@ class Transport:
                 raise NoAnswer(BROKEN) from error
             retry_after = response.headers.get("Retry-After")
             return HttpAnswer(response.status, text, retry_after, self._call.sent_at)
-        raise NoAnswer(BROKEN)
+        raise NoAnswer(f"connections close before a call is sent: {CHECK_URL}")
 
     def _open_response(
         self, endpoint: Endpoint, body: bytes
@@ -1076,7 +1100,7 @@ class Call:
     identity: Identity
     payload: str  # JSON
     result: CallResult | None = None
-    is_cancelled: bool = False  # the run ended before it was sent
+    is_cancelled: bool = False  # the run ended before it was sent, or sent singly
 
     @property
     def is_open(self) -> bool:
@@ -1109,7 +1133,7 @@ class UserCalls:
 
     @property
     def size(self) -> int:
-        """Bytes in the bodies of a group."""
+        """Bytes that the user adds to the bodies of a group."""
         return sum(len(call.payload) for call in self.calls)
 
     def cancel(self) -> None:
@@ -1248,6 +1272,7 @@ class IterableClient:
         if result is None:
             return None
         if result.is_refused_key:
+            # Not by `abandon_started`: it has no effect if the run is ending already.
             self.control.nothing_more.set()
             self.control.end(KeyRefused(result.reason))
         if result.dropped_fields:
@@ -1277,7 +1302,7 @@ class IterableClient:
                 throttled_since = throttled_since or monotonic()
                 if monotonic() - throttled_since >= self._retry.longest_throttling:
                     break
-                continue
+                continue  # the limiter pauses
             throttled_since = None
             failures += 1
             if not result.is_retryable or failures >= max_attempts:
@@ -1357,6 +1382,12 @@ UNUSABLE_IN_A_ROW = 20  # users without a usable answer: Iterable may be down
 # Bytes of addresses that must be free, or a new thread may hang or crash for lack of a
 # stack and a memory arena.
 THREAD_ROOM = 200_000_000
+
+
+def require_thread_room() -> None:
+    """Raise OSError if there are no addresses left for another thread."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    mmap.mmap(-1, THREAD_ROOM, flags, mmap.PROT_READ).close()
 
 
 class NoRoomForThread(Exception):
@@ -1439,8 +1470,7 @@ class Sender(AbstractContextManager["Sender"]):
 
     def _start(self, group: list[UserCalls]) -> None:
         try:
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            mmap.mmap(-1, THREAD_ROOM, flags, mmap.PROT_READ).close()
+            require_thread_room()
             future = self._workers.submit(self._send, group)
         except (OSError, RuntimeError, MemoryError) as error:
             raise NoRoomForThread(
@@ -1453,7 +1483,7 @@ class Sender(AbstractContextManager["Sender"]):
         """Return the finished users of a group, and send each other one singly."""
         finished = []
         for user in group:
-            # A user whose update was made still gets the event, if it may be sent.
+            # A user whose update has ended still gets the event, if it may be sent.
             if any(self._forbids(call) for call in user.open_calls):
                 user.cancel()
             if user.open_calls:

@@ -33,7 +33,7 @@ PROGRESS = {"is_progress": True}  # on a terminal, the next line replaces this o
 SHORTEST_SECRET = 4  # characters
 LOG_SIZE = 10_000_000  # bytes, at which the log is rotated
 OLD_LOGS = 5  # files kept
-SYNC_INTERVAL = 1.0  # seconds; what a power failure may cost of a results file
+SYNC_INTERVAL = 1.0  # seconds between two syncs of a results file, while lines arrive
 
 # Their warnings are logged by our modules, with an advice.
 MUTED_PACKAGES = ("urllib3", "mysql.connector")
@@ -260,10 +260,11 @@ class _LogFile(logging.handlers.RotatingFileHandler):
     """
 
     def __init__(self, path: Path) -> None:
-        # With 0 nothing is rotated. Devices never are: logging sees to that.
-        size = 0 if path.is_symlink() else LOG_SIZE
+        is_other = path.is_symlink() or (path.exists() and not path.is_file())
+        size = 0 if is_other else LOG_SIZE  # with 0 it is never rotated
         super().__init__(path, maxBytes=size, backupCount=OLD_LOGS)
-        # Then an earlier run could not rotate it, and has warned of that.
+        # If it is so large at the start, an earlier run could not rotate it, and has
+        # warned of that.
         self._was_too_large = path.stat().st_size >= LOG_SIZE
         self._has_failed = False
 
@@ -382,7 +383,7 @@ class EarlierRun(NamedTuple):
 
     @property
     def is_partial(self) -> bool:
-        """Whether the run was killed."""
+        """Whether the run ended before its file was complete."""
         return self.path.suffix == ".partial"
 
 
@@ -424,7 +425,8 @@ class ResultsFolder:
             EarlierResultsUnreadable
         """
         if self._runs is None:
-            # Path.glob would find nothing in a folder that must not be listed.
+            # Path.glob finds nothing, without an error, in a folder that this account
+            # may not list.
             with _reading(self.path):
                 paths = list(self.path.iterdir())
             heads = [
@@ -443,10 +445,10 @@ class ResultsFolder:
     ) -> Memory:
         """Return what the earlier runs say about their users.
 
-        Without `for_changes` the memory knows no deliveries and failures, without
-        `for_resets` no updated users; without both, only the heads are read. Updated
-        users come from runs with the same `iterable` (the base URL) and `identify_by`
-        only. Dry runs do not count. Damaged lines are skipped with a warning.
+        `for_changes` reads deliveries and failures. `for_resets` reads updated users,
+        only from runs with the same `iterable` (base URL) and `identify_by`. With
+        neither, only the heads are read. Dry runs do not count. Damaged lines are
+        skipped with a warning.
 
         Raises:
             EarlierResultsUnreadable
@@ -489,8 +491,8 @@ class ResultsFolder:
             return ResultsFile(self.path / name, whole_head)
 
     def _remove_old_lists(self) -> None:
-        """Remove lists of announced users whose results file was deleted."""
-        for announced in self.path.glob(".*.started"):
+        """Remove lists of announced users whose partial results file is gone."""
+        for announced in self.path.glob(".integration_results_*.started"):
             results = self.path / announced.stem.removeprefix(".")
             if not results.exists():
                 announced.unlink()
@@ -511,7 +513,7 @@ def _hold_lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # the latter on a Windows share
-            holder = lock.read().decode()
+            holder = lock.read().decode() or "a process that has just started"
             raise FolderInUse(f"Another run holds {folder}: {holder}") from None
         except OSError as error:
             raise FolderNotUsable(
@@ -601,7 +603,8 @@ def _read_run(
     damaged = 0
     for text in _read_lines(run.path):
         try:
-            # It may be followed by the rest of a line whose beginning is lost.
+            # A comma follows, and after a power failure perhaps the rest of another
+            # line, whose beginning was not saved.
             line, _ = _decode(text)
             user = UpdatedUser(line["user_id"], str(line[identity_key]))
             unrecorded.pop(user, None)
@@ -622,9 +625,9 @@ def _read_run(
 
 
 def _read_announced(run: EarlierRun) -> dict[UpdatedUser, None]:
-    """Return the announced users of a killed run, in order.
+    """Return the announced users of a run, in order; none if its file is complete.
 
-    The kill may have torn the last line. Nothing was sent for its user by then.
+    A kill may have torn the last line. Nothing was sent for its user by then.
     """
     users: dict[UpdatedUser, None] = {}
     path = _announced_path(run.path)
@@ -657,7 +660,8 @@ class ResultsFile:
     """The results of a run, a JSON document that grows line by line.
 
     It is named `….json.partial` until it is complete. The line of a user who was sent
-    survives the end of the process at once, and a power failure after about a second.
+    survives the end of the process at once, and a power failure from the next line on
+    that is written a second later.
 
     Raises:
         OSError: the file cannot be made.
@@ -773,7 +777,7 @@ def _not_writable(path: Path, error: OSError) -> ResultsNotWritable:
 
 
 class UpdatedUser(NamedTuple):
-    """A user whose update Iterable accepted, as far as is known."""
+    """A user whose update Iterable accepted, or may have accepted."""
 
     user_id: int | str
     identity: str  # the address or user ID that was sent
@@ -802,7 +806,7 @@ class Memory:
         return self._last.get(str(line["user_id"])) == _find_failure(line)
 
     def users_left(self, present: Container[str]) -> list[UpdatedUser]:
-        """Return the users who were updated, not reset since, and are not `present`.
+        """Return who left the segment: updated, not reset since, and not `present`.
 
         `present` are identities. Users without a user ID, and those whom Iterable has
         forgotten, are left out.
@@ -814,7 +818,7 @@ class Memory:
         ]
 
     def add_result(self, line: UserLine) -> None:
-        """Take in what became of a user in a later run."""
+        """Take in a user's line. Lines come in the order of the runs."""
         user = str(line["user_id"])
         status = line["status"]
         fingerprint = line["fingerprint"]
@@ -824,13 +828,13 @@ class Memory:
         elif status in (Status.PARTIAL_FAILURE, Status.TOTAL_FAILURE):
             self._last[user] = _find_failure(line)
         elif status != Status.NOT_ATTEMPTED:
-            self._last.pop(user, None)
+            self._last.pop(user, None)  # reset or forgotten: sent again who returns
         elif last and fingerprint not in (None, last.fingerprint):
-            # Other payloads may have been sent, in a group that got no answer.
+            # Other payloads may have been sent with a group when the run ended.
             del self._last[user]
 
     def add_update(self, user: UpdatedUser, line: UserLine) -> None:
-        """Take in whether Iterable has set or reset the field of a user."""
+        """Take in whether Iterable has set or reset the field recent_page_view."""
         update = line["users_update"]
         if line["status"] in (Status.RESET, Status.FORGOTTEN):
             self._updated.pop(user.identity, None)

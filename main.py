@@ -60,7 +60,7 @@ INSTALL = (
 
 def find_installation_fault() -> str | None:
     """Return what keeps the program from starting, and the cure."""
-    if sys.version_info < (3, 10):  # noqa: UP036 - this is where an older one is told
+    if sys.version_info < (3, 10):  # noqa: UP036 - older ones come this far
         return f"Python 3.10 or newer is needed; {sys.executable} is older"
     if sys.platform == "win32":
         return "This program runs on Linux and macOS; on Windows, start it under WSL"
@@ -133,6 +133,7 @@ from iterable_client import (
     normalize_email,
     parse_api_key,
     parse_base_url,
+    require_thread_room,
     to_compact_json,
 )
 from logger_config import (
@@ -211,7 +212,8 @@ EXIT_CODES: dict[type[Exception], ExitCode] = {
     IterableUnavailable: ExitCode.GIVEN_UP,
     FolderInUse: ExitCode.LOCKED,
 }
-# The errors that end a run, or keep it from starting, with a text that says all.
+# The errors that end a run, or keep it from starting. Their text says all, except that
+# a MemoryError may have none.
 KNOWN_ERRORS: tuple[type[Exception], ...] = (
     *EXIT_CODES,
     ResultsNotWritable,
@@ -263,7 +265,7 @@ def make_ending(error: Exception | None, failures: int) -> Ending:
 
 
 def check_text(text: str) -> None:
-    """Raise ValueError for what would be taken literally, or is no text in UTF-8."""
+    """Raise ValueError for quotes around it, a byte-order mark, or other bytes."""
     # Half a surrogate pair stands for a byte that is not UTF-8.
     if re.search("[\0\ud800-\udfff]", text):
         raise ValueError("is not text")
@@ -368,8 +370,8 @@ SETTINGS = {each.name.upper(): each for each in fields(Settings)}
 SECRETS = [name for name, each in SETTINGS.items() if not each.repr]
 CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 NETWORK_VARIABLES = ("HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", *CA_VARIABLES)
-# A name in the file is taken for a misspelt one if it has so many characters, and
-# contains a setting's or is part of one, or if it is so much like one (by difflib).
+# A name in the file counts as misspelt if it is like a setting's (ratio of difflib), or
+# if it has so many characters and contains a setting's name or is part of one.
 MIN_PART = 6
 MIN_LIKENESS = 0.72
 
@@ -495,7 +497,7 @@ def load_environment_variables(
     if env_file is not None or path.exists():
         from_file = read_env_file(path, complaints)
     values = {**from_file, **environ}
-    parsed: dict[str, Any] = {"iterable_api_key": ""}
+    parsed: dict[str, Any] = {"iterable_api_key": ""}  # as it stays without a key
     for name in SETTINGS:
         try:
             parsed[name.lower()] = read_setting(name, values)
@@ -554,7 +556,10 @@ def parse_arguments(argv: Sequence[str] | None) -> Options:
     add_flag("--reset-left", help="also reset the field of users who left the segment")
     add_flag("--bulk", help="send groups of up to 1000 users: for large runs")
     add_flag("--check", help="check the deployment; send no user data")
-    text = "show warnings and errors only, and no failure that is known already"
+    text = (
+        "show warnings and errors only; with --changed-only, no failure that an earlier"
+        " run had already"
+    )
     add_flag("--quiet", help=text)
     text = "read the settings from this file, relative to main.py, and not from .env"
     parser.add_argument("--env-file", metavar="PATH", help=text)
@@ -628,7 +633,8 @@ class Delivery:
     problem: UnusableRow | None = None
     skipped_as: Status | None = None
     payloads: Mapping[str, Any] | None = None  # of a dry run, by the calls' names
-    is_known: bool = False  # a failure that an earlier run had, under --quiet
+    # An earlier run had this failure, too. Only with --quiet and --changed-only.
+    is_known: bool = False
 
     @property
     def results(self) -> list[CallResult]:
@@ -760,7 +766,10 @@ class DeliveryPlanner:
         update: dict[str, Any],
         event: dict[str, Any] | None,
     ) -> None:
-        """Make the calls, or none if they were delivered already, or in a dry run."""
+        """Give the delivery its calls.
+
+        It gets none in a dry run, or if --changed-only finds them delivered.
+        """
         update_json = to_compact_json(update)
         event_json = "" if event is None else to_compact_json(event)
         content = f"{update_json} {event_json} {self._project}"
@@ -816,7 +825,9 @@ LINE_WORDS = {
     Status.FORGOTTEN: "Forgotten at the user's own request, so not sent",
     Status.RESET: "✓ Left the segment, recent_page_view reset",
 }
-# The counts that the summary always has, and those that it has unless they are 0.
+# What the summary counts: always in a real run, always in a dry run, and in both unless
+# it is 0. The words are those of the exercise. A total failure may also be a row that
+# cannot be sent, or a reset, which has one call.
 RUN_WORDS = {
     Status.SUCCESS: "✓ Successful (both API calls)",
     Status.PARTIAL_FAILURE: "⚠ Partial failures (one call failed)",
@@ -840,7 +851,7 @@ class Tally:
     def __init__(self, total: int) -> None:
         self.total = total
         self.counts: Counter[Status] = Counter()
-        #: Users for each reason of failure, apart for those with `is_known`.
+        #: Users for each reason of failure: of new failures, and of known ones.
         self.new_reasons: Counter[Reason] = Counter()
         self.known_reasons: Counter[Reason] = Counter()
         self._began = time.monotonic()
@@ -865,7 +876,7 @@ class Tally:
         counter.update(reasons.values())
 
     def compute_speed(self, seconds: float) -> float:
-        """Return the users a second, without those who were skipped or never tried."""
+        """Return how many users a second succeeded, failed, were reset or forgotten."""
         statuses = (Status.SUCCESS, Status.FORGOTTEN, Status.RESET)
         done = self.failures + sum(self.counts[status] for status in statuses)
         return round(done / seconds, 1) if seconds else 0.0
@@ -983,7 +994,10 @@ class Narrator:
         log.log(level, "%s", text, extra=extra)
 
     def _find_destination(self, delivery: Delivery) -> dict[str, str] | None:
-        """Return the `extra` of a user's lines. Counts the failures of many users."""
+        """Return the `extra` that says where a user's lines go.
+
+        Of a run of many users, only the first failures go to the console.
+        """
         if delivery.is_known:
             return FILE_ONLY
         if not self._has_many:
@@ -1026,6 +1040,7 @@ class Narrator:
         if ending.why:
             log.error("The run ended early: %s", ending.why)
         log.log(level, "INTEGRATION SUMMARY")
+        # In the words of the exercise. It counts users who were not attempted, too.
         log.log(level, "Total users processed: %d", tally.total)
         words = DRY_RUN_WORDS if self._is_dry_run else RUN_WORDS
         for status, text in {**words, **OTHER_WORDS}.items():
@@ -1097,8 +1112,9 @@ def listen_for_signals(control: RunControl, stops_in_order: threading.Event) -> 
 
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # all later threads inherit it
     try:
+        require_thread_room()
         threading.Thread(target=listen, daemon=True).start()
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         text = f"no memory for a thread ({error}): raise ulimit -v or -u"
         raise NoRoomForThread(text) from error
 
@@ -1134,11 +1150,11 @@ def find_leavers(
     for row in rows:
         with contextlib.suppress(UnusableRow):
             present.add(identify(row._asdict(), identify_by).value)
-    updated = memory.users_left(present)
-    ids = [user.user_id for user in updated]
+    gone = memory.users_left(present)
+    ids = [user.user_id for user in gone]
     emails = database.find_customers(read_query(QUERIES, "customers_by_id"), ids)
     leavers = []
-    for user in updated:
+    for user in gone:
         customer = str(user.user_id)
         if customer in emails:
             email = normalize_email(emails[customer])
@@ -1194,7 +1210,7 @@ def show_duration(client: IterableClient, users: int) -> None:
 
 
 def show_cost(client: IterableClient, updates: int, resets: int, *, bulk: bool) -> None:
-    """Say what a run would cost that is not dry."""
+    """Say what a real run would cost. `updates` include the resets."""
     calls = client.count_calls(updates, updates - resets, bulk=bulk)
     seconds = client.estimate_seconds(updates, bulk=bulk)
     text = "Dry run, nothing was sent. A run would make %d calls, in %.1f s or more"
@@ -1295,8 +1311,9 @@ class DeliveryRun:
     def finish(self) -> int:
         """Complete the results file, show the summary and return the exit code."""
         seconds = round(self.tally.seconds, 3)
-        # From here on, no signal changes how the run ends.
-        ending = make_ending(self._client.control.close(), self.tally.failures)
+        # What ended the run early, if anything. No signal changes that from here on.
+        error = self._client.control.close()
+        ending = make_ending(error, self.tally.failures)
         summary = self.tally.make_summary(ending, self._client, seconds)
         try:
             self._results.finish(summary)
@@ -1432,9 +1449,9 @@ class Checklist:
         try:
             with ResultsFolder(path) as folder:
                 folder.check_writable()
-                folder.earlier_runs()
+                folder.earlier_runs()  # raises an error for one that cannot be read
         except FolderInUse as error:
-            return str(error)  # so it can be locked
+            return str(error)  # not a failure: it shows that the folder can be locked
         return str(path)
 
     def _connect(self) -> str:
@@ -1516,7 +1533,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         open_log_file(settings, options)
         log.info("Starting Iterable Integration - Phase 3")
-        # Said late, because the name of the log file is one of them.
+        # Said late, because the log file's name is one of these settings.
         log.info("[STEP 1] Loading environment variables...")
         return run_integration(settings, options, control, stops_in_order)
     except KNOWN_ERRORS as error:

@@ -319,7 +319,6 @@ def test_an_expired_certificate(certificates: Certificates) -> None:
     program = next(iter(find_servers().values()))
     options = certificates.list_options("expired.pem")
     with DatabaseServer(program, *options) as server:
-        server.load(SETUP)
         explanation = explain_tls(server, "localhost", certificates.folder / "ca.pem")
 
     assert explanation == "The server's certificate has expired: renew it"
@@ -347,8 +346,9 @@ def test_a_file_without_certificates(own_server: DatabaseServer) -> None:
 # Logging in
 
 REFUSED = (
-    "1045: The database refused the login: check DB_USER and DB_PASSWORD, and whether"
-    " the account is for this computer's address and REQUIREs TLS or a certificate"
+    "1045: The database refused the login: check DB_USER and DB_PASSWORD, whether the"
+    " account is for this computer's address, and whether it REQUIREs TLS or a"
+    " certificate"
 )
 
 

@@ -396,11 +396,12 @@ def test_an_answer_to_no_call_is_nobodys(either_peer: Peer, secure: StandIn) -> 
     assert result == UPDATED
 
 
+@pytest.mark.parametrize("count", [1, 16_000, 200_000])
 def test_bytes_behind_an_answer_are_no_answer(
-    either_peer: Peer, secure: StandIn
+    either_peer: Peer, secure: StandIn, count: int
 ) -> None:
     client = build_client(either_peer.url, environment=trust(secure))
-    either_peer.start(either_peer.serve, REPLY + b"x" * 16_000)
+    either_peer.start(either_peer.serve, REPLY + b"x" * count)
     client.post_one(make_update(1))
 
     either_peer.start(either_peer.serve)
