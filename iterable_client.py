@@ -1413,7 +1413,8 @@ class Sender(AbstractContextManager["Sender"]):
         self._group: list[UserCalls] = []
         self._group_bytes = 0
         self._in_flight = 0  # users handed to a worker
-        self._done: queue.SimpleQueue[Future[list[UserCalls]]] = queue.SimpleQueue()
+        # No SimpleQueue: in Python 3.10 its time-out may never end.
+        self._done: queue.Queue[Future[list[UserCalls]]] = queue.Queue()
         self._workers = ThreadPoolExecutor(client.workers)
         self._outages = _OutageWatch(client)
 
@@ -1460,7 +1461,7 @@ class Sender(AbstractContextManager["Sender"]):
         wait = seconds
         while True:
             try:
-                future = self._done.get(timeout=wait)
+                future = self._done.get(block=wait > 0, timeout=wait)
             except queue.Empty:
                 break
             wait = 0.0
