@@ -382,7 +382,7 @@ def test_a_reason_does_not_name_the_user() -> None:
     answer = make_http_answer(400, "BadParams", f"{ONE} is odd")
     client, _ = script_client(answer)
 
-    result = client.post_one(make_update(1))
+    result = client.post([make_update(1)])
 
     assert result is not None
     assert result.message == f"{ONE} is odd"
@@ -395,8 +395,8 @@ def test_equal_refusals_of_two_users_have_one_reason() -> None:
         make_http_answer(400, "BadParams", "user2@example.com is odd"),
     )
 
-    first = client.post_one(make_update(1))
-    second = client.post_one(make_update(2))
+    first = client.post([make_update(1)])
+    second = client.post([make_update(2)])
 
     assert first is not None
     assert second is not None
@@ -422,7 +422,7 @@ def test_no_piece_of_an_echoed_key_is_kept(body: str) -> None:
         redact=build_redactor(ODD_KEY),
     )
 
-    result = client.post_one(make_update())
+    result = client.post([make_update()])
 
     assert result is not None
     kept = repr(astuple(result))
@@ -436,7 +436,7 @@ def test_no_piece_of_an_echoed_key_is_kept(body: str) -> None:
 def test_a_long_answer_is_cut() -> None:
     client, _ = script_client(make_http_answer(400, "x" * 600, "y" * 600))
 
-    result = client.post_one(make_update())
+    result = client.post([make_update()])
 
     assert result is not None
     assert result.code == "x" * answers.MAX_KEPT_TEXT
@@ -447,7 +447,7 @@ def test_a_long_answer_is_cut() -> None:
 def test_a_lost_call_has_no_status() -> None:
     client, _ = script_client(LOST, max_attempts=2)
 
-    assert client.post_one(make_update()) == CallResult(
+    assert client.post([make_update()]) == CallResult(
         USERS_UPDATE.path,
         ok=False,
         message="the connection broke",
@@ -462,7 +462,7 @@ def test_a_group_result_says_how_many_attempts() -> None:
         LOST, HttpAnswer(200, '{"successCount":2,"failCount":0}', None, sent_at=0.0)
     )
 
-    result = client.post_group([make_update(1), make_update(2)])
+    result = client.post([make_update(1), make_update(2)])
 
     assert result == CallResult(
         USERS_BULK_UPDATE.path,

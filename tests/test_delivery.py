@@ -175,7 +175,6 @@ Outcome = CallResult | str | None
 def set_outcome(call: Call, outcome: Outcome) -> Call:
     if isinstance(outcome, CallResult):
         call.result = outcome
-    call.is_cancelled = outcome == CANCELLED
     return call
 
 

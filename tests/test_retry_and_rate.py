@@ -34,6 +34,7 @@ from iterable_client import (
     RateLimiter,
     RetryPolicy,
     RunControl,
+    TurnCancelled,
 )
 from lab.clients import (
     LOST,
@@ -157,9 +158,9 @@ def clock() -> Iterator[Clock]:
 def start_calls(limiter: RateLimiter, clock: Clock, seconds: float) -> list[float]:
     """Start calls as soon as they may, for so long. Return when they started."""
     end = clock.now + seconds
-    starts = []
+    starts: list[float] = []
     while clock.now < end:
-        assert limiter.wait_for_turn(clock)
+        limiter.wait_for_turn(clock)
         starts.append(clock.now)
     return starts
 
@@ -205,7 +206,7 @@ def test_no_second_has_more_calls_than_the_rate(
         for latency, retry_after in zip(
             itertools.cycle(latencies), itertools.cycle(replies), strict=False
         ):
-            assert limiter.wait_for_turn(clock)
+            limiter.wait_for_turn(clock)
             started = clock.now
             starts.append(started)
             clock.now += latency
@@ -306,7 +307,8 @@ def test_a_cancelled_call_gets_no_turn() -> None:
     cancelled = threading.Event()
     cancelled.set()
 
-    assert not limiter.wait_for_turn(cancelled)
+    with pytest.raises(TurnCancelled):
+        limiter.wait_for_turn(cancelled)
 
 
 def test_each_endpoint_has_the_same_share_of_its_limit() -> None:
@@ -362,7 +364,7 @@ def test_the_number_of_groups(updates: int, events: int, calls: int) -> None:
 def test_a_call_is_made_until_it_succeeds(failures: int, failure: Reply) -> None:
     client, transport = script_client(*[failure] * failures, SUCCESS, max_attempts=5)
 
-    result = client.post_one(make_update())
+    result = client.post([make_update()])
 
     assert result == CallResult(
         "users/update",
@@ -377,7 +379,7 @@ def test_a_call_is_made_until_it_succeeds(failures: int, failure: Reply) -> None
 def test_a_call_is_made_so_often_at_most() -> None:
     client, transport = script_client(OUTAGE, max_attempts=5)
 
-    result = client.post_one(make_update())
+    result = client.post([make_update()])
 
     assert result is not None
     assert result.attempts == 5
@@ -389,7 +391,7 @@ def test_a_429_uses_up_no_attempt() -> None:
         THROTTLED, OUTAGE, THROTTLED, OUTAGE, max_attempts=2
     )
 
-    result = client.post_one(make_update())
+    result = client.post([make_update()])
 
     assert result is not None
     assert result.status == 503
@@ -400,7 +402,7 @@ def test_a_429_uses_up_no_attempt() -> None:
 def test_a_final_answer_is_not_asked_for_again() -> None:
     client, transport = script_client(make_answer(400, "BadParams"))
 
-    client.post_one(make_update())
+    client.post([make_update()])
 
     assert len(transport.calls) == 1
 
@@ -408,8 +410,8 @@ def test_a_final_answer_is_not_asked_for_again() -> None:
 def test_attempts_and_retries_are_counted() -> None:
     client, _ = script_client(OUTAGE, THROTTLED, SUCCESS)
 
-    client.post_one(make_update(1))
-    client.post_one(make_update(2))
+    client.post([make_update(1)])
+    client.post([make_update(2)])
 
     assert client.attempts_made == 4
     assert client.retries_made == 2
@@ -432,7 +434,7 @@ def test_a_call_waits_as_long_as_the_server_asks(clock: Clock, status: int) -> N
     )
     began = clock.now
 
-    result = client.post_one(make_update())
+    result = client.post([make_update()])
 
     assert result is not None
     assert result.attempts == 2
@@ -447,7 +449,7 @@ def test_a_call_that_meets_nothing_but_429_ends_after_5_minutes(clock: Clock) ->
     )
     began = clock.now
 
-    result = client.post_one(make_update())
+    result = client.post([make_update()])
 
     assert result is not None
     assert result.status == 429
@@ -467,7 +469,7 @@ def test_another_answer_ends_the_5_minutes(clock: Clock) -> None:
         control=make_virtual(clock),
     )
 
-    result = client.post_one(make_update())
+    result = client.post([make_update()])
 
     assert result is not None
     assert result.ok
@@ -484,7 +486,7 @@ def test_a_429_pauses_no_other_endpoint(clock: Clock, endpoint: Endpoint) -> Non
     )
     began = clock.now
 
-    client.post_one(make_update())
+    client.post([make_update()])
     make_call(client, endpoint)
 
     assert clock.now - began < 1
@@ -499,8 +501,8 @@ def test_a_429_pauses_the_other_calls_of_its_endpoint(clock: Clock) -> None:
     )
     began = clock.now
 
-    client.post_one(make_update(1))
-    client.post_one(make_update(2))
+    client.post([make_update(1)])
+    client.post([make_update(2)])
 
     assert clock.now - began == pytest.approx(40)
 
@@ -542,21 +544,20 @@ def test_a_later_ending_does_not_count() -> None:
     first = ValueError("first")
 
     control.end(first)
-    control.end(ValueError("second"), abandon_started=True)
+    control.abort(ValueError("second"))
 
     assert control.close() is first
-    assert not control.nothing_more.is_set()
+    assert control.nothing_more.is_set()
 
 
 def test_a_closed_run_is_not_ended_any_more() -> None:
     control = RunControl()
 
     assert control.close() is None
-    control.end(ValueError("too late"), abandon_started=True)
+    control.end(ValueError("too late"))
 
     assert control.close() is None
     assert not control.no_new_users.is_set()
-    assert not control.nothing_more.is_set()
 
 
 def test_an_ending_lets_started_users_go_on() -> None:
@@ -568,10 +569,10 @@ def test_an_ending_lets_started_users_go_on() -> None:
     assert not control.nothing_more.is_set()
 
 
-def test_an_ending_may_abandon_started_users() -> None:
+def test_an_aborted_run_abandons_started_users() -> None:
     control = RunControl()
 
-    control.end(ValueError(), abandon_started=True)
+    control.abort(ValueError())
 
     assert control.no_new_users.is_set()
     assert control.nothing_more.is_set()
@@ -582,12 +583,13 @@ def test_any_endings_leave_the_first(endings: list[bool]) -> None:
     control = RunControl()
     errors = [ValueError(number) for number in range(len(endings))]
 
-    for error, abandon_started in zip(errors, endings, strict=True):
-        control.end(error, abandon_started=abandon_started)
+    for error, aborts in zip(errors, endings, strict=True):
+        end = control.abort if aborts else control.end
+        end(error)
 
     assert control.close() is (errors[0] if errors else None)
     assert control.no_new_users.is_set() == bool(errors)
-    assert control.nothing_more.is_set() == any(endings[:1])
+    assert control.nothing_more.is_set() == any(endings)
 
 
 # What a stop cuts short
@@ -610,9 +612,7 @@ def make_call(client: IterableClient, endpoint: Endpoint) -> CallResult | None:
     calls: list[Call] = [make_update(1), make_update(2)]
     if endpoint in EVENTS:
         calls = [make_event(1), make_event(2)]
-    if endpoint.items_key:
-        return client.post_group(calls)
-    return client.post_one(calls[0])
+    return client.post(calls if endpoint.items_key else calls[:1])
 
 
 @pytest.fixture
@@ -684,7 +684,7 @@ def test_an_abandoned_event_does_not_wait_for_its_turn(
     make_call(client, endpoint)
     calling = [threads.submit(make_call, client, endpoint) for _ in range(8)]
 
-    client.control.end(ValueError("outage"), abandon_started=True)
+    client.control.abort(ValueError("outage"))
 
     assert [future.result(PROMPT) for future in calling] == [None] * 8
     assert len(transport.calls) == 1
@@ -721,7 +721,7 @@ def test_after_a_stop_an_event_is_not_sent_again(endpoint: Endpoint) -> None:
 @EACH_ENDPOINT
 def test_nothing_more_means_no_call(endpoint: Endpoint) -> None:
     client, transport = script_client()
-    client.control.end(ValueError("outage"), abandon_started=True)
+    client.control.abort(ValueError("outage"))
 
     assert make_call(client, endpoint) is None
     assert transport.calls == []
@@ -755,7 +755,7 @@ def test_a_refused_key_after_a_stop_forbids_events_too() -> None:
     stop = ValueError("stop")
     client.control.end(stop)
 
-    client.post_one(make_event())
+    client.post([make_event()])
 
     assert client.control.nothing_more.is_set()
     assert client.control.close() is stop
@@ -765,7 +765,7 @@ def test_the_page_of_a_firewall_does_not_end_the_run() -> None:
     page = HttpAnswer(403, "<html>blocked</html>", None, sent_at=0.0)
     client, _ = script_client(page)
 
-    client.post_one(make_update())
+    client.post([make_update()])
 
     assert client.control.close() is None
 
@@ -782,10 +782,10 @@ def test_a_refused_key_lets_the_calls_in_flight_end(
         return SUCCESS
 
     client, transport = script_client(script=script, control=control)
-    in_flight = threads.submit(client.post_one, make_event(1))
+    in_flight = threads.submit(client.post, [make_event(1)])
     transport.wait_for_calls(1)
 
-    client.post_one(make_update(2))
+    client.post([make_update(2)])
     result = in_flight.result(PROMPT)
 
     assert result is not None
@@ -844,7 +844,7 @@ def test_a_run_that_ends_meanwhile_is_not_unavailable(
 
 def test_a_run_that_is_over_asks_nothing() -> None:
     client, transport = script_client()
-    client.control.end(ValueError("outage"), abandon_started=True)
+    client.control.abort(ValueError("outage"))
 
     assert client.is_available(make_update())
     assert transport.calls == []
@@ -883,7 +883,7 @@ def test_a_refused_key_is_a_result_of_the_check(name: str) -> None:
 
 def test_a_check_that_is_stopped_says_so() -> None:
     client, _ = script_client()
-    client.control.end(ValueError("stop"), abandon_started=True)
+    client.control.abort(ValueError("stop"))
 
     assert client.check_key().reason == "stopped"
     assert client.get_fields().reason == "stopped"

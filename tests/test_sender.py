@@ -82,7 +82,7 @@ def send_all(
     Those of a group that was never handed over do not come back.
     """
     finished = []
-    with client.sender(ignore, bulk=bulk) as sender:
+    with Sender(client, ignore, bulk=bulk) as sender:
         for user in users:
             sender.submit(user)
             finished += sender.collect()
@@ -116,9 +116,8 @@ def describe(call: Call | None) -> str:
     """Return the status of a call, or why it has none."""
     if call is None:
         return "-"
-    if call.is_cancelled:
-        return "cancelled"
-    assert call.result is not None
+    if call.result is None:
+        return "none"
     return str(call.result.status or "lost")
 
 
@@ -179,7 +178,7 @@ def test_users_are_announced_before_they_are_sent() -> None:
         announced.append([user.number for user in users])
         assert transport.calls == []
 
-    with client.sender(announce, bulk=True) as sender:
+    with Sender(client, announce, bulk=True) as sender:
         sender.submit(make_user(1))
         sender.submit(make_user(2))
         sender.flush()
@@ -191,11 +190,11 @@ def test_the_end_of_the_block_waits_for_the_calls() -> None:
     client, transport = script_client()
     users = make_users(20)
 
-    with client.sender(ignore, bulk=False) as sender:
+    with Sender(client, ignore, bulk=False) as sender:
         for user in users:
             sender.submit(user)
 
-    assert not any(user.open_calls for user in users)
+    assert list_statuses(users) == ["200 200"] * 20
     assert len(transport.calls) == 40
 
 
@@ -304,7 +303,7 @@ def test_a_refused_key_is_the_result_of_the_whole_group() -> None:
     client, transport = script_client(REFUSED_KEY)
     finished = send_in_bulk(client, 3)
 
-    assert list_statuses(finished) == ["401 cancelled"] * 3
+    assert list_statuses(finished) == ["401 none"] * 3
     assert transport.calls == [
         "users/bulkUpdate user1@example.com user2@example.com user3@example.com",
     ]
@@ -339,7 +338,7 @@ def test_a_group_has_room_for_users_and_bytes(sizes: list[int], max_users: int) 
 
     with (
         mock.patch.object(iterable_client, "MAX_GROUP_USERS", max_users),
-        client.sender(lambda group: groups.append([*group]), bulk=True) as sender,
+        Sender(client, lambda group: groups.append([*group]), bulk=True) as sender,
     ):
         for user in users:
             sender.submit(user)
@@ -372,7 +371,7 @@ def test_an_open_group_is_not_in_flight() -> None:
 
     with (
         mock.patch.object(iterable_client, "MAX_BULK_IN_FLIGHT", 1),
-        client.sender(ignore, bulk=True) as sender,
+        Sender(client, ignore, bulk=True) as sender,
     ):
         sender.submit(make_user(1))
         sender.submit(make_user(2))
@@ -398,7 +397,7 @@ def test_a_sender_is_full_with_two_users_a_worker() -> None:
     answered = threading.Event()
     client, _ = script_client(script=hold(answered), workers=2)
 
-    with client.sender(ignore, bulk=False) as sender:
+    with Sender(client, ignore, bulk=False) as sender:
         for number in range(1, 4):
             sender.submit(make_user(number))
             assert not sender.is_full
@@ -416,7 +415,7 @@ def test_collect_waits_for_the_first_user() -> None:
     answered = threading.Event()
     client, _ = script_client(script=hold(answered))
 
-    with client.sender(ignore, bulk=False) as sender:
+    with Sender(client, ignore, bulk=False) as sender:
         sender.submit(make_user(1))
         assert sender.collect() == []
         assert sender.collect(0.01) == []
@@ -429,8 +428,8 @@ def test_collect_waits_for_the_first_user() -> None:
 def test_collect_raises_what_a_worker_raised() -> None:
     client, _ = script_client()
     with (
-        mock.patch.object(client, "post_one", side_effect=KeyError("x")),
-        client.sender(ignore, bulk=False) as sender,
+        mock.patch.object(client, "post", side_effect=KeyError("x")),
+        Sender(client, ignore, bulk=False) as sender,
     ):
         sender.submit(make_user(1))
         with pytest.raises(KeyError):
@@ -453,7 +452,7 @@ def test_no_room_for_a_thread_says_so(
 
     with (
         mock.patch.object(owner, method, side_effect=error),
-        client.sender(ignore, bulk=False) as sender,
+        Sender(client, ignore, bulk=False) as sender,
         pytest.raises(NoRoomForThread) as raised,
     ):
         sender.submit(make_user(1))
@@ -471,14 +470,14 @@ def test_after_a_stop_no_user_starts(bulk: bool) -> None:
     client.control.end(ValueError("stop"))
     finished = send_all(client, make_users(3), bulk=bulk)
 
-    assert list_statuses(finished) == ["cancelled cancelled"] * 3
+    assert list_statuses(finished) == ["none none"] * 3
     assert transport.calls == []
 
 
 @pytest.mark.parametrize(
     ("bulk", "statuses"),
     [
-        (False, ["200 200", "cancelled cancelled", "cancelled cancelled"]),
+        (False, ["200 200", "none none", "none none"]),
         (True, ["200 200", "200 200", "200 200"]),
     ],
 )
@@ -498,13 +497,13 @@ def test_after_a_stop_a_started_user_gets_the_event(
 @pytest.mark.parametrize(
     ("bulk", "statuses"),
     [
-        (False, ["200 cancelled", "cancelled cancelled", "cancelled cancelled"]),
-        (True, ["200 cancelled", "200 cancelled", "200 cancelled"]),
+        (False, ["200 none", "none none", "none none"]),
+        (True, ["200 none", "200 none", "200 none"]),
     ],
 )
 def test_an_abandoned_user_gets_no_event(bulk: bool, statuses: list[str]) -> None:
     def script(endpoint: str, users: Sequence[str]) -> HttpAnswer:
-        client.control.end(IterableUnavailable("outage"), abandon_started=True)
+        client.control.abort(IterableUnavailable("outage"))
         return succeed(endpoint, users)
 
     client, transport = script_client(script=script, workers=1)
@@ -522,7 +521,7 @@ def test_after_a_stop_no_user_of_a_group_is_sent_singly() -> None:
     client, transport = script_client(script=script)
     finished = send_in_bulk(client, 2)
 
-    assert list_statuses(finished)[1] == "cancelled cancelled"
+    assert list_statuses(finished)[1] == "none none"
     assert "users/update user2@example.com" not in transport.calls
 
 
@@ -538,6 +537,20 @@ def test_after_a_stop_no_worker_gets_a_user_again() -> None:
         send_in_bulk(client, 9)
 
     assert send.call_count == 1
+
+
+def test_a_group_without_an_answer_is_not_untouched_after_a_stop() -> None:
+    def script(endpoint: str, users: Sequence[str]) -> Reply:
+        if endpoint == BULK_UPDATE:
+            return LOST
+        client.control.end(ValueError("stop"))
+        return succeed(endpoint, users)
+
+    client, transport = script_client(script=script, max_attempts=1, workers=1)
+    finished = send_in_bulk(client, 3)
+
+    assert list_statuses(finished) == ["200 200", "lost 200", "lost 200"]
+    assert "users/update user2@example.com" not in transport.calls
 
 
 def test_an_event_that_no_answer_confirms_is_sent_singly_after_a_stop() -> None:
@@ -661,37 +674,21 @@ def test_a_usable_answer_begins_a_new_row(answer: HttpAnswer) -> None:
     assert "users/getFields" not in transport.calls
 
 
-def test_while_iterable_is_asked_no_user_is_submitted() -> None:
-    asked = threading.Event()
-    answered = threading.Event()
-
-    def script(endpoint: str, users: Sequence[str]) -> HttpAnswer:
-        if endpoint == USERS_GET_FIELDS.path:
-            asked.set()
-            assert answered.wait(PROMPT)
-            return succeed(endpoint, users)
-        return OUTAGE
-
-    client, _ = script_client(script=script, max_attempts=1, workers=IN_A_ROW)
-    with client.sender(ignore, bulk=False) as sender:
-        submit_and_collect(sender, IN_A_ROW, asked)
-        assert sender.is_full
-        assert not sender.is_idle
-        answered.set()
-
-    sender.collect()
-    assert not sender.is_full
-    assert sender.is_idle
-
-
-def submit_and_collect(sender: Sender, count: int, asked: threading.Event) -> None:
-    """Submit so many users, and collect until the question was asked."""
-    for user in make_users(count):
-        sender.submit(user)
+def test_iterable_is_asked_once_its_silence_is_on_record() -> None:
+    client, transport = script_client(OUTAGE, max_attempts=1, workers=1)
     finished = 0
-    while finished < count:
-        finished += len(sender.collect(0.1))
-    assert asked.wait(PROMPT)
+
+    with Sender(client, ignore, bulk=False) as sender:
+        for user in make_users(IN_A_ROW):
+            sender.submit(user)
+        while finished < IN_A_ROW:
+            finished += len(sender.collect(0.1))
+        assert "users/getFields" not in transport.calls
+        assert not sender.is_idle
+        sender.collect()
+
+    assert "users/getFields" in transport.calls
+    assert sender.is_idle
 
 
 # Any users and any answers
@@ -808,15 +805,16 @@ def count_groups(transport: ScriptedTransport, endpoint: str, user: str) -> int:
     count=FEW,
     calls=FEW,
     bulk=BOOLEANS,
-    abandon_started=BOOLEANS,
+    aborts=BOOLEANS,
     max_users=GROUP_SIZES,
 )
 def test_a_run_that_ends_anywhere_gives_every_user_back(
-    count: int, calls: int, bulk: bool, abandon_started: bool, max_users: int
+    count: int, calls: int, bulk: bool, aborts: bool, max_users: int
 ) -> None:
     def script(endpoint: str, users: Sequence[str]) -> HttpAnswer:
         if len(transport.calls) >= calls:
-            client.control.end(ValueError("stop"), abandon_started=abandon_started)
+            end = client.control.abort if aborts else client.control.end
+            end(ValueError("stop"))
         return succeed(endpoint, users)
 
     client, transport = script_client(script=script, workers=3)
@@ -824,8 +822,8 @@ def test_a_run_that_ends_anywhere_gives_every_user_back(
         finished = send_all(client, make_users(count), bulk=bulk)
 
     statuses = set(list_statuses(finished))
-    possible = {"200 200", "cancelled cancelled"}
-    if abandon_started:
-        possible.add("200 cancelled")
+    possible = {"200 200", "none none"}
+    if aborts:
+        possible.add("200 none")
     assert sorted(map(get_number, finished)) == [*range(1, count + 1)]
     assert statuses <= possible

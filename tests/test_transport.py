@@ -10,7 +10,7 @@ import select
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from unittest import mock
@@ -76,12 +76,11 @@ def build_transport(
 ) -> Transport:
     variables = {"REQUESTS_CA_BUNDLE": NO_AUTHORITIES, **(environment or {})}
     with mock.patch.dict(os.environ, variables, clear=True):
-        return Transport(url, {"Api-Key": KEY}, timeout=timeout, size=8)
+        return Transport(url, {"Api-Key": KEY}, timeout=timeout)
 
 
-def start_at_once() -> bool:
+def start_at_once() -> None:
     """Take the turn of a call at once."""
-    return True
 
 
 # A server of one connection after the other, in the hands of the test
@@ -157,7 +156,7 @@ def build_impatient_client(trap: Trap) -> IterableClient:
 def test_a_single_call() -> None:
     call = make_update()
     with Trap() as trap:
-        build_impatient_client(trap).post_one(call)
+        build_impatient_client(trap).post([call])
         head, body = read_request(trap)
 
     assert body == call.payload
@@ -176,7 +175,7 @@ def test_a_single_call() -> None:
 def test_a_group_of_users(identify_by: IdentifyBy) -> None:
     calls = [make_update(1, identify_by), make_update(2, identify_by)]
     with Trap() as trap:
-        build_impatient_client(trap).post_group(calls)
+        build_impatient_client(trap).post(calls)
         head, body = read_request(trap)
 
     first, second = json.loads(body)["users"]
@@ -188,7 +187,7 @@ def test_a_group_of_users(identify_by: IdentifyBy) -> None:
 def test_a_group_of_events() -> None:
     calls = [make_event(1), make_event(2)]
     with Trap() as trap:
-        build_impatient_client(trap).post_group(calls)
+        build_impatient_client(trap).post(calls)
         head, body = read_request(trap)
 
     first, second = json.loads(body)["events"]
@@ -221,7 +220,7 @@ def test_a_redirect_is_never_followed(standin: StandIn, status: int) -> None:
     with Trap() as trap:
         target = f"{trap.url}/api/users/update"
         standin.fault(status=status, headers={"Location": target})
-        result = build_client(standin.url).post_one(make_update())
+        result = build_client(standin.url).post([make_update()])
 
         assert trap.connections == 0
 
@@ -246,7 +245,7 @@ BROKEN_OFF = [
 def test_an_answer_that_breaks_off(standin: StandIn, answer: Answer) -> None:
     standin.fault(**answer.fault, interval=0)
 
-    result = build_client(standin.url, max_attempts=2).post_one(make_update())
+    result = build_client(standin.url, max_attempts=2).post([make_update()])
 
     assert result == answer.result_after(2)
     assert standin.count_calls() == 2
@@ -257,7 +256,7 @@ def test_an_answer_that_takes_too_long(standin: StandIn, answer: Answer) -> None
     standin.fault(**answer.fault)
     client = build_client(standin.url, max_attempts=2, timeout=0.3)
 
-    result = client.post_one(make_update())
+    result = client.post([make_update()])
 
     assert result == answer.result_after(2)
     assert standin.count_calls() == 2
@@ -267,7 +266,7 @@ def test_an_answer_that_takes_too_long(standin: StandIn, answer: Answer) -> None
 def test_a_refusal_is_known_by_its_status(standin: StandIn, action: str) -> None:
     standin.fault(action, status=400, body=answers.make_body("BadParams", "no"))
 
-    result = build_client(standin.url, timeout=0.3).post_one(make_update())
+    result = build_client(standin.url, timeout=0.3).post([make_update()])
 
     assert result is not None
     assert result.status == 400
@@ -326,7 +325,7 @@ def test_an_error_of_our_own_is_unexpected(standin: StandIn) -> None:
     client = build_client(standin.url)
 
     with mock.patch.object(Transport, "_read", side_effect=KeyError("x")):
-        result = client.post_one(make_update())
+        result = client.post([make_update()])
 
     reason = "an unexpected error (KeyError): see the log file"
     assert result == CallResult(
@@ -342,8 +341,8 @@ def test_informational_answers_are_skipped(standin: StandIn, interval: float) ->
     standin.fault(informational=[103, 102, 100], interval=interval, times=1)
     client = build_client(standin.url)
 
-    first = client.post_one(make_update(1))
-    second = client.post_one(make_update(2))
+    first = client.post([make_update(1)])
+    second = client.post([make_update(2)])
 
     assert first == UPDATED
     assert second == UPDATED
@@ -363,16 +362,15 @@ def either_peer(secure: StandIn, request: pytest.FixtureRequest) -> Iterator[Pee
 
 def keep_connections(client: IterableClient) -> list[Any]:
     """Return a list to which the client will add each connection that it makes."""
-    pool = client._transport._pool
-    make_connection: Any = pool.ConnectionCls
-    made = []
+    transport = client._transport
+    make_connection = transport._make_connection
+    made: list[Any] = []
 
-    def make_and_keep(*arguments: Any, **options: Any) -> Any:
-        connection = make_connection(*arguments, **options)
-        made.append(connection)
-        return connection
+    def make_and_keep() -> Any:
+        made.append(make_connection())
+        return made[-1]
 
-    pool.ConnectionCls = make_and_keep  # type: ignore[assignment]
+    transport._make_connection = make_and_keep  # type: ignore[method-assign]
     return made
 
 
@@ -386,12 +384,12 @@ def test_an_answer_to_no_call_is_nobodys(either_peer: Peer, secure: StandIn) -> 
     client = build_client(either_peer.url, environment=trust(secure))
     connections = keep_connections(client)
     serving = either_peer.start(either_peer.serve)
-    client.post_one(make_update(1))
+    client.post([make_update(1)])
     serving.result(PROMPT).sendall(UNASKED_ANSWER.encode("latin-1"))
     wait_for_bytes(connections[0])
 
     either_peer.start(either_peer.serve)
-    result = client.post_one(make_update(2))
+    result = client.post([make_update(2)])
 
     assert result == UPDATED
 
@@ -402,10 +400,10 @@ def test_bytes_behind_an_answer_are_no_answer(
 ) -> None:
     client = build_client(either_peer.url, environment=trust(secure))
     either_peer.start(either_peer.serve, REPLY + b"x" * count)
-    client.post_one(make_update(1))
+    client.post([make_update(1)])
 
     either_peer.start(either_peer.serve)
-    result = client.post_one(make_update(2))
+    result = client.post([make_update(2)])
 
     assert result == UPDATED
 
@@ -417,7 +415,7 @@ def test_a_connection_is_used_again(standin: StandIn) -> None:
     client = build_client(standin.url)
 
     for number in range(1, 6):
-        client.post_one(make_update(number))
+        client.post([make_update(number)])
 
     assert standin.counters()["connections"] == 1
 
@@ -446,10 +444,9 @@ def test_the_connection_is_open_before_the_turn(
 ) -> None:
     calls_before_turn = []
 
-    def wait_for_turn() -> bool:
+    def wait_for_turn() -> None:
         wait_for_connections(either_server, 1)
         calls_before_turn.append(either_server.count_calls())
-        return True
 
     transport = build_transport(either_server.url, environment=trust(secure))
     transport.exchange(USERS_UPDATE, b"{}", wait_for_turn)
@@ -463,9 +460,8 @@ def test_a_connection_that_cannot_be_opened_takes_no_turn() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
 
-    def wait_for_turn() -> bool:
+    def wait_for_turn() -> None:
         turns.append(1)
-        return True
 
     transport = build_transport(f"http://127.0.0.1:{port}")
     with pytest.raises(NoAnswer):
@@ -476,9 +472,10 @@ def test_a_connection_that_cannot_be_opened_takes_no_turn() -> None:
 
 def test_a_cancelled_call_sends_nothing(standin: StandIn) -> None:
     transport = build_transport(standin.url)
+    wait_for_turn = mock.Mock(side_effect=TurnCancelled)
 
     with pytest.raises(TurnCancelled):
-        transport.exchange(USERS_UPDATE, b"{}", lambda: False)
+        transport.exchange(USERS_UPDATE, b"{}", wait_for_turn)
 
     assert standin.count_calls() == 0
 
@@ -499,15 +496,14 @@ def test_a_lapsed_connection_costs_no_attempt(
     connections = keep_connections(client)
     turns = []
 
-    def wait_for_turn(*_: object) -> bool:
+    def wait_for_turn(*_: object) -> None:
         turns.append(1)
         lapse(peer.accept())
         wait_for_bytes(connections[0])
         peer.start(peer.serve)
-        return True
 
     with mock.patch.object(RateLimiter, "wait_for_turn", wait_for_turn):
-        result = client.post_one(make_update())
+        result = client.post([make_update()])
 
     assert result == UPDATED
     assert client.attempts_made == 1
@@ -520,13 +516,12 @@ def test_the_tickets_of_a_tls_server_are_no_lapse(secure: StandIn) -> None:
     connections = keep_connections(client)
     turns = []
 
-    def wait_for_turn(*_: object) -> bool:
+    def wait_for_turn(*_: object) -> None:
         wait_for_bytes(connections[0])
         turns.append(1)
-        return True
 
     with mock.patch.object(RateLimiter, "wait_for_turn", wait_for_turn):
-        result = client.post_one(make_update())
+        result = client.post([make_update()])
 
     assert result == UPDATED
     assert turns == [1]
@@ -586,7 +581,7 @@ class Resolver:
         self._answers = list(answers)
         self.asked = 0
 
-    def __call__(self, host: str, port: int, *_: object) -> list[Any]:
+    def __call__(self, host: str, port: int, *_: object, **__: object) -> list[Any]:
         """Take the place of `socket.getaddrinfo`."""
         if host[0].isdigit():
             return self._list_streams([host], port)
@@ -614,58 +609,64 @@ def resolving(*answers: list[str] | OSError) -> Iterator[Resolver]:
         yield resolver
 
 
+def dial(cache: NameCache, unreachable: Sequence[str] = ()) -> str:
+    """Return the address to which the cache opens a connection."""
+
+    def create_connection(place: tuple[str, int], timeout: float) -> mock.Mock:
+        if place[0] in unreachable:
+            raise ConnectionRefusedError
+        return mock.Mock(address=place[0])
+
+    with mock.patch.object(socket, "create_connection", create_connection):
+        connection: Any = cache.connect("api.example.com", 443, PROMPT)
+    return str(connection.address)
+
+
 def test_many_threads_look_a_name_up_once() -> None:
     cache = NameCache()
-    barrier = threading.Barrier(20)
-
-    def look_up(_: int) -> list[str]:
-        barrier.wait()
-        return cache.look_up("api.example.com", 443)
 
     with (
         resolving(["192.0.2.1", "192.0.2.2"]) as resolver,
+        mock.patch.object(socket, "create_connection"),
         ThreadPoolExecutor(20) as threads,
     ):
-        found = list(threads.map(look_up, range(20)))
+        for _ in range(20):
+            threads.submit(cache.connect, "api.example.com", 443, PROMPT)
 
-    assert found == [["192.0.2.1", "192.0.2.2"]] * 20
     assert resolver.asked == 1
 
 
 def test_threads_that_waited_share_a_failure() -> None:
     cache = NameCache()
-    barrier = threading.Barrier(20)
-
-    def look_up(_: int) -> None:
-        barrier.wait()
-        with pytest.raises(socket.gaierror):
-            cache.look_up("api.example.com", 443)
 
     with (
         mock.patch.object(iterable_client, "monotonic", return_value=1000.0),
         resolving(UNKNOWN) as resolver,
         ThreadPoolExecutor(20) as threads,
     ):
-        list(threads.map(look_up, range(20)))
+        dialled = [threads.submit(dial, cache) for _ in range(20)]
 
     assert resolver.asked == 1
+    for connection in dialled:
+        assert isinstance(connection.exception(), socket.gaierror)
 
 
-def look_up_later(
-    seconds: float, *answers: list[str] | OSError, is_forgotten: bool = False
-) -> list[str]:
-    """Look a name up, and again so many seconds later. Return what is found then."""
+def dial_later(
+    seconds: float, *answers: list[str] | OSError, unreachable: Sequence[str] = ()
+) -> str:
+    """Open a connection, and another one so many seconds later. Return its address.
+
+    The `unreachable` addresses are so at first only.
+    """
     cache = NameCache()
     with (
         mock.patch.object(iterable_client, "monotonic", return_value=1000.0) as clock,
         resolving(*answers),
     ):
-        with contextlib.suppress(socket.gaierror):
-            cache.look_up("api.example.com", 443)
-        if is_forgotten:
-            cache.forget()
+        with contextlib.suppress(OSError):
+            dial(cache, unreachable)
         clock.return_value += seconds
-        return cache.look_up("api.example.com", 443)
+        return dial(cache)
 
 
 OLD = ["192.0.2.1"]
@@ -676,40 +677,37 @@ NEW = ["192.0.2.2"]
 def test_a_name_is_looked_up_again_after_30_seconds(
     seconds: float, found: list[str]
 ) -> None:
-    assert look_up_later(seconds, OLD, NEW) == found
+    assert [dial_later(seconds, OLD, NEW)] == found
 
 
 @pytest.mark.parametrize(("seconds", "found"), [(0.5, OLD), (2, NEW)])
 def test_addresses_that_fail_are_looked_up_again_soon(
     seconds: float, found: list[str]
 ) -> None:
-    assert look_up_later(seconds, OLD, NEW, is_forgotten=True) == found
+    assert [dial_later(seconds, OLD, NEW, unreachable=OLD)] == found
 
 
 def test_an_unknown_name_is_looked_up_again_soon() -> None:
-    assert look_up_later(2, UNKNOWN, NEW) == NEW
+    assert [dial_later(2, UNKNOWN, NEW)] == NEW
 
 
 def test_old_addresses_are_better_than_none() -> None:
-    assert look_up_later(31, OLD, UNKNOWN) == OLD
+    assert [dial_later(31, OLD, UNKNOWN)] == OLD
 
 
 def test_an_address_that_fails_is_tried_last() -> None:
     cache = NameCache()
 
     with resolving(["192.0.2.1", "192.0.2.2"]):
-        cache.look_up("api.example.com", 443)
-        cache.put_last("192.0.2.1")
-        found = cache.look_up("api.example.com", 443)
-
-    assert found == ["192.0.2.2", "192.0.2.1"]
+        assert dial(cache, unreachable=["192.0.2.1"]) == "192.0.2.2"
+        assert dial(cache) == "192.0.2.2"
 
 
 def test_the_next_address_is_tried(standin: StandIn) -> None:
     url = f"http://localhost:{standin.port}"
 
     with resolving(["127.0.0.99", "127.0.0.1"]):
-        result = build_client(url, max_attempts=1).post_one(make_update())
+        result = build_client(url, max_attempts=1).post([make_update()])
 
     assert result == UPDATED
 
@@ -721,7 +719,7 @@ def test_a_retry_looks_the_name_up_again(
     url = f"http://localhost:{standin.port}"
 
     with resolving(["127.0.0.99"], ["127.0.0.1"]) as resolver:
-        result = build_client(url, max_attempts=2).post_one(make_update())
+        result = build_client(url, max_attempts=2).post([make_update()])
 
     assert result is not None
     assert result.ok
@@ -737,7 +735,7 @@ def fail_to_connect(
 ) -> CallResult:
     """Return the result of a call that has two attempts, and gets no answer."""
     client = build_client(url, max_attempts=2, timeout=0.5, environment=environment)
-    result = client.post_one(make_update())
+    result = client.post([make_update()])
     assert result is not None
     assert result.status is None
     assert result.reason == result.message
@@ -769,7 +767,7 @@ def test_a_server_without_tls_is_named(peer: Peer) -> None:
     peer.start(peer.serve, b"SSH-2.0-OpenSSH_9.2\r\n")
 
     client = build_client(f"https://127.0.0.1:{peer.port}", max_attempts=1)
-    result = client.post_one(make_update())
+    result = client.post([make_update()])
 
     assert result is not None
     place = f"127.0.0.1:{peer.port}"
@@ -810,7 +808,7 @@ def test_a_companys_own_authority_is_trusted(secure: StandIn, variable: str) -> 
     environment = {"REQUESTS_CA_BUNDLE": "", variable: str(secure.ca_file)}
     client = build_client(secure.url, environment=environment)
 
-    assert client.post_one(make_update()) == UPDATED
+    assert client.post([make_update()]) == UPDATED
 
 
 def test_a_stranger_is_not_trusted(secure: StandIn) -> None:
@@ -865,7 +863,7 @@ def test_a_proxy_does_not_see_the_key(
     environment = {**trust(secure), variable: tunnel.proxy}
     client = build_client(secure.url, environment=environment)
 
-    result = client.post_one(make_update())
+    result = client.post([make_update()])
 
     request = tunnel.request.result(PROMPT)
     assert result == UPDATED
@@ -877,10 +875,9 @@ def test_a_proxy_does_not_see_the_key(
 def test_the_tunnel_is_open_before_the_turn(secure: StandIn, tunnel: Tunnel) -> None:
     calls_before_turn = []
 
-    def wait_for_turn() -> bool:
+    def wait_for_turn() -> None:
         wait_for_connections(secure, 1)
         calls_before_turn.append(secure.count_calls())
-        return True
 
     environment = {**trust(secure), "HTTPS_PROXY": tunnel.proxy}
     transport = build_transport(secure.url, environment=environment)
@@ -894,14 +891,14 @@ def test_a_host_of_no_proxy_is_called_directly(secure: StandIn, spared: str) -> 
     proxy = {"ALL_PROXY": "http://127.0.0.1:1", "NO_PROXY": spared}
     client = build_client(secure.url, environment={**trust(secure), **proxy})
 
-    assert client.post_one(make_update()) == UPDATED
+    assert client.post([make_update()]) == UPDATED
 
 
 def test_a_proxy_never_reads_a_call_of_plain_http(standin: StandIn) -> None:
     environment = {"ALL_PROXY": "http://127.0.0.1:1", "HTTP_PROXY": "http://x"}
     client = build_client(standin.url, environment=environment)
 
-    assert client.post_one(make_update()) == UPDATED
+    assert client.post([make_update()]) == UPDATED
 
 
 def test_a_dead_proxy_is_named_without_its_password() -> None:
