@@ -143,8 +143,8 @@ encode_payload = json.JSONEncoder(separators=(",", ":")).encode
 def identify(row: Row, identify_by: IdentifyBy) -> Identity:
     """Return the identity of a row's user. Raises UnusableRow."""
     if identify_by is IdentifyBy.USER_ID:
-        user_id = "" if row["user_id"] is None else str(row["user_id"])
-        if not _USER_ID.fullmatch(user_id):
+        user_id = str(row["user_id"])
+        if row["user_id"] is None or not _USER_ID.fullmatch(user_id):
             cure = "it needs 1 to 52 printable ASCII characters, no space at either end"
             raise UnusableRow("customers.id cannot be a user ID", cure)
         return Identity(identify_by, user_id)
@@ -157,7 +157,9 @@ def identify(row: Row, identify_by: IdentifyBy) -> Identity:
 
 def normalize_email(email: object) -> str:
     """Return an address as Iterable stores it; empty for NULL."""
-    return "" if email is None else str(email).strip().lower()
+    if email is None:
+        return ""
+    return str(email).strip().lower()
 
 
 def make_user_payload(row: Row, identity: Identity) -> dict[str, Any]:
@@ -166,7 +168,7 @@ def make_user_payload(row: Row, identity: Identity) -> dict[str, Any]:
     email = normalize_email(row["email"])
     if email and identity.identify_by is IdentifyBy.USER_ID:
         fields["email"] = _check_text("email", email)
-    fields |= _pick_texts(row, "first_name", "plan_type")
+    fields.update(_pick_texts(row, "first_name", "plan_type"))
     fields["recent_page_view"] = True
     fields["candidate"] = "yes"
     return {identity.identify_by.value: identity.value, "dataFields": fields}
@@ -213,12 +215,12 @@ def _parse_event_time(text: object) -> datetime:
 
 def _pick_texts(row: Row, *columns: str) -> dict[str, str]:
     """Return columns as text, without NULL: a null would delete Iterable's field."""
-    values = {column: row[column] for column in columns}
-    return {
-        column: _check_text(column, str(value))
-        for column, value in values.items()
-        if value is not None
-    }
+    texts = {}
+    for column in columns:
+        value = row[column]
+        if value is not None:
+            texts[column] = _check_text(column, str(value))
+    return texts
 
 
 def _check_text(column: str, text: str) -> str:
@@ -288,7 +290,7 @@ class CallResult:
     is_unexpected: bool = False  # an error of this program
     confirmed: frozenset[str] = frozenset()  # of a group: the users who were accepted
     dropped_fields: frozenset[str] = frozenset()  # those the project does not take
-    fields: tuple[tuple[str, str], ...] = ()  # of users/getFields, with their types
+    fields: Mapping[str, str] | None = None  # types by name; of users/getFields only
 
     @property
     def headline(self) -> str:
@@ -321,7 +323,10 @@ class CallResult:
 
 
 def interpret(
-    endpoint: Endpoint, status: int, text: str, identity: Identity | None = None
+    endpoint: Endpoint,
+    status: int,
+    text: str,
+    identity: Identity | None = None,
 ) -> CallResult:
     """Return what an answer means. The reason does not name the `identity`.
 
@@ -348,7 +353,10 @@ def interpret(
 
 
 def interpret_group(
-    endpoint: Endpoint, status: int, text: str, identities: Sequence[Identity]
+    endpoint: Endpoint,
+    status: int,
+    text: str,
+    identities: Sequence[Identity],
 ) -> CallResult:
     """Return what the answer to a bulk call means for these users.
 
@@ -388,10 +396,9 @@ def interpret_fields(status: int, text: str) -> CallResult:
     """Return what the answer of users/getFields means."""
     result = interpret(USERS_GET_FIELDS, status, text)
     fields = _parse_object(text).get("fields")
-    if status // 100 != 2 or not isinstance(fields, dict):
-        return result
-    types = [(name, str(type_name)) for name, type_name in fields.items()]
-    return CallResult(result.endpoint, ok=True, status=status, fields=tuple(types))
+    if status // 100 == 2 and isinstance(fields, dict):
+        return CallResult(result.endpoint, ok=True, status=status, fields=fields)
+    return replace(result, ok=False, reason=result.reason or NOT_ITERABLE)
 
 
 def _find_named_users(answer: dict[str, Any], identify_by: IdentifyBy) -> set[str]:
@@ -408,9 +415,9 @@ def _find_named_users(answer: dict[str, Any], identify_by: IdentifyBy) -> set[st
             continue
         texts = _as_texts(value)
         if identify_by is IdentifyBy.EMAIL:
-            named |= {text.lower() for text in texts}
+            named.update(text.lower() for text in texts)
         elif key.endswith("UserIds"):  # any text could be a user ID
-            named |= texts
+            named.update(texts)
     return named
 
 
@@ -428,8 +435,9 @@ def _as_object(value: object) -> dict[str, Any]:
 
 def _as_texts(value: object) -> set[str]:
     """Return the texts in a list; none if it is no list."""
-    items = value if isinstance(value, list) else []
-    return {item for item in items if isinstance(item, str)}
+    if not isinstance(value, list):
+        return set()
+    return {item for item in value if isinstance(item, str)}
 
 
 def _get_text(answer: dict[str, Any], key: str) -> str:
@@ -490,7 +498,8 @@ def _explain_refusal(status: int, answer: dict[str, Any], message: str) -> str:
 
 def _explain_type_clash(answer: dict[str, Any]) -> str:
     """Return which field has another type in Iterable than the value that was sent."""
-    errors = _as_object(_as_object(answer.get("params")).get("validationErrors"))
+    params = _as_object(answer.get("params"))
+    errors = _as_object(params.get("validationErrors"))
     clashes = []
     for field, error in errors.items():
         facts = _as_object(error)
@@ -596,7 +605,9 @@ class RetryPolicy:
             seconds = urllib3.Retry().parse_retry_after(header or "")
         except (urllib3_errors.InvalidHeader, ValueError, OverflowError):
             return None
-        return min(seconds, self.longest_retry_after) if seconds > 0 else None
+        if seconds <= 0:
+            return None
+        return min(seconds, self.longest_retry_after)
 
 
 class RateLimiter:
@@ -617,7 +628,9 @@ class RateLimiter:
     LONGEST_SLEEP = 0.1  # seconds until a thread looks whether the run is ending
 
     def __init__(self, rate: float, no_new_users: threading.Event) -> None:
-        margin = self.MARGIN if rate > 10 else self.SLOW_MARGIN
+        margin = self.MARGIN
+        if rate <= 10:
+            margin = self.SLOW_MARGIN
         self._full_rate = rate / (1 + margin)
         self._fallen_to = self._full_rate
         self._no_new_users = no_new_users
@@ -673,7 +686,8 @@ class RateLimiter:
             return 0.0
 
     def _compute_rate(self, now: float) -> float:
-        climbed = self.CLIMB * self._full_rate * (now - self._fell_at)
+        seconds = now - self._fell_at
+        climbed = self.CLIMB * self._full_rate * seconds
         return min(self._full_rate, self._fallen_to + climbed)
 
 
@@ -745,7 +759,8 @@ class NameCache:
         valid_for = LOOK_UP_SECONDS
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            self._addresses = [str(address[0]) for *_, address in found]
+            # The last part of each is the address with the port.
+            self._addresses = [str(each[-1][0]) for each in found]
         except (OSError, UnicodeError) as error:
             self._problem = str(error)
             valid_for = LOOK_UP_INTERVAL
@@ -762,6 +777,12 @@ class NameCache:
         with self._lock:
             soon = monotonic() + LOOK_UP_INTERVAL
             self._valid_until = min(self._valid_until, soon)
+
+
+def _set_deadline(sock: socket.socket, deadline: float) -> None:
+    """Let the socket wait until then, in monotonic seconds, and no longer."""
+    seconds_left = deadline - monotonic()
+    sock.settimeout(max(seconds_left, 0.001))  # 0 would mean not to wait at all
 
 
 class _AnswerReader(io.RawIOBase):
@@ -785,7 +806,7 @@ class _AnswerReader(io.RawIOBase):
         if self.has_ended:
             return 0
         if not self._is_first:  # most answers come at once
-            self._sock.settimeout(max(self._deadline - monotonic(), 0.001))
+            _set_deadline(self._sock, self._deadline)
         self._is_first = False
         return self._raw.readinto(buffer)
 
@@ -858,7 +879,7 @@ class _Connection(HTTPConnection):
         deadline = monotonic() + self.timeout
         for start in range(0, len(data), BLOCK_SIZE):
             if start > 0:
-                self.sock.settimeout(max(deadline - monotonic(), 0.001))
+                _set_deadline(self.sock, deadline)
             super().send(data[start : start + BLOCK_SIZE])
 
     def has_lapsed(self) -> bool:
@@ -866,9 +887,10 @@ class _Connection(HTTPConnection):
 
         A TLS server sends tickets first, so it is not enough that there are bytes.
         """
-        is_decrypted = isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0
-        # For urllib3, connected means that no bytes wait in the socket.
-        if self.is_connected and not is_decrypted:
+        is_quiet = self.is_connected  # so says urllib3 when no bytes wait in the socket
+        if isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0:
+            is_quiet = False
+        if is_quiet:
             return False
         try:
             self.sock.settimeout(0)
@@ -901,7 +923,11 @@ class Transport:
     """
 
     def __init__(
-        self, base_url: str, headers: dict[str, str], *, timeout: float
+        self,
+        base_url: str,
+        headers: dict[str, str],
+        *,
+        timeout: float,
     ) -> None:
         self._headers = headers
         self._timeout = timeout
@@ -913,7 +939,10 @@ class Transport:
         self._of_thread = threading.local()
 
     def exchange(
-        self, endpoint: Endpoint, body: bytes, wait_for_turn: Callable[[], None]
+        self,
+        endpoint: Endpoint,
+        body: bytes,
+        wait_for_turn: Callable[[], None],
     ) -> HttpAnswer:
         """Send one request and return its answer. Raises NoAnswer.
 
@@ -988,7 +1017,10 @@ class Transport:
             )
 
     def _read(
-        self, connection: _Connection, response: urllib3.HTTPResponse, max_bytes: int
+        self,
+        connection: _Connection,
+        response: urllib3.HTTPResponse,
+        max_bytes: int,
     ) -> str:
         """Return the body, or its beginning: the status of a refusal is enough."""
         content = b""
@@ -1048,7 +1080,8 @@ def _find_proxy(base_url: str) -> Url | None:
         default_port = port_by_scheme[proxy.scheme or ""]
     except (ValueError, KeyError):
         raise NetworkSettingsError(_UNUSABLE_PROXY) from None
-    if not proxy.host or proxy.path not in (None, "/") or proxy.query or proxy.fragment:
+    # A password with one of / ? # @ in it looks like these parts.
+    if proxy.path not in (None, "/") or proxy.query or proxy.fragment:
         raise NetworkSettingsError(_UNUSABLE_PROXY)
     return proxy._replace(port=proxy.port or default_port)
 
@@ -1130,7 +1163,9 @@ class UserCalls:
     @property
     def calls(self) -> list[Call]:
         """Both calls in their order, or the one that is needed."""
-        return [self.update] if self.event is None else [self.update, self.event]
+        if self.event is None:
+            return [self.update]
+        return [self.update, self.event]
 
     @property
     def results(self) -> list[CallResult]:
@@ -1221,9 +1256,9 @@ class IterableClient:
 
     def estimate_seconds(self, users: int, *, bulk: bool) -> float:
         """Return how long the updates of a run take at the rate limit, in seconds."""
-        endpoint = USERS_BULK_UPDATE if bulk else USERS_UPDATE
+        limit = USERS_BULK_UPDATE.limit if bulk else USERS_UPDATE.limit
         calls = self.count_calls(users, 0, bulk=bulk)
-        return calls / (self._share * endpoint.limit)
+        return calls / (self._share * limit)
 
     def check_key(self) -> CallResult:
         """Make a users/update call without a user.
@@ -1241,7 +1276,9 @@ class IterableClient:
 
         Without one, users/getFields is asked. True as well if the run ended meanwhile.
         """
-        request = _GET_FIELDS if good_call is None else _make_request([good_call])
+        request = _GET_FIELDS
+        if good_call is not None:
+            request = _make_request([good_call])
         result = self._call(request, max_attempts=self.PROBE_ATTEMPTS)
         if result is None or self.control.no_new_users.is_set():
             return True
@@ -1253,14 +1290,18 @@ class IterableClient:
         None if the run ended before it was sent. A refused key ends the run.
         """
         result = self._call(_make_request(calls))
-        if result is not None and result.is_refused_key:
+        if result is None:
+            return None
+        if result.is_refused_key:
             self.control.abort(KeyRefused(result.reason))
-        if result is not None and result.dropped_fields:
+        if result.dropped_fields:
             self._warn_of_dropped_fields(result.dropped_fields)
         return result
 
     def _call(
-        self, request: _Request, max_attempts: int | None = None
+        self,
+        request: _Request,
+        max_attempts: int | None = None,
     ) -> CallResult | None:
         """Make a call, and again as the retry policy says. None if nothing was sent.
 
@@ -1476,8 +1517,8 @@ class Sender(AbstractContextManager["Sender"]):
         """Return the finished users of a group, and send each other one singly."""
         finished = []
         for user in group:
-            open_calls = [call for call in user.calls if not self._has_ended(call)]
-            if open_calls and not any(self._is_forbidden(call) for call in open_calls):
+            open_calls = [call for call in user.calls if self._is_open(call)]
+            if open_calls and not any(map(self._is_forbidden, open_calls)):
                 self._start([user])
             else:
                 self._in_flight -= 1
@@ -1485,36 +1526,36 @@ class Sender(AbstractContextManager["Sender"]):
                 finished.append(user)
         return finished
 
+    def _is_open(self, call: Call) -> bool:
+        """Whether the call has no result, or a provisional one that may be replaced."""
+        if call.result is None:
+            return True
+        return call.result.is_provisional and not self._is_forbidden(call)
+
     def _is_forbidden(self, call: Call) -> bool:
         """Whether the call may not start any more."""
         return self._client.control.get_stop(call.endpoint).is_set()
 
-    def _has_ended(self, call: Call) -> bool:
-        """Whether the call has a result, and no single call will follow."""
-        if call.result is None:
-            return False
-        return not call.result.is_provisional or self._is_forbidden(call)
-
     def _send(self, group: list[UserCalls]) -> list[UserCalls]:
         """Make the calls of a group that have not ended. Runs in a worker."""
-        updates = [user.update for user in group]
-        self._make_calls([call for call in updates if not self._has_ended(call)])
+        self._make_calls([user.update for user in group])
         events = []
         for user in group:
             updated = user.update.result
             if updated is not None and updated.is_forgotten:
                 user.event = None  # Iterable would refuse it, too
-            elif user.event is not None and self._has_ended(user.update):
+            elif user.event is not None and not self._is_open(user.update):
                 events.append(user.event)
-        self._make_calls([call for call in events if not self._has_ended(call)])
+        self._make_calls(events)
         return group
 
     def _make_calls(self, calls: list[Call]) -> None:
-        """Make calls of one endpoint, together if there are several.
+        """Make those calls of one endpoint that have not ended, together if several.
 
         None gets a result if the run ended before. Users whom the answer to a group
         names as failed get none either, and so a single call.
         """
+        calls = [call for call in calls if self._is_open(call)]
         result = self._client.post(calls) if calls else None
         if result is None:
             return
@@ -1522,11 +1563,8 @@ class Sender(AbstractContextManager["Sender"]):
             text = "%s: %s; its %d users are sent singly, unless the run is ending"
             log.info(text, result.headline, result.reason, len(calls), extra=FILE_ONLY)
         for call in calls:
-            if (
-                len(calls) == 1
-                or not result.ok
-                or call.identity.value in result.confirmed
-            ):
+            is_single = len(calls) == 1
+            if is_single or not result.ok or call.identity.value in result.confirmed:
                 call.result = result
 
     def _note(self, user: UserCalls) -> None:

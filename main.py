@@ -1491,7 +1491,7 @@ class Checklist:
         sent = dict(USER_FIELD_TYPES)
         if self.settings.iterable_identify_by is IdentifyBy.USER_ID:
             sent["email"] = "string"
-        found = dict(result.fields)
+        found = result.fields or {}
         clashes = []
         for name, kind in sent.items():
             if found.get(name, kind) != kind:

@@ -353,7 +353,7 @@ def test_the_fields_of_a_project() -> None:
         USERS_GET_FIELDS.path,
         ok=True,
         status=200,
-        fields=(("first_name", "string"), ("a", "date")),
+        fields={"first_name": "string", "a": "date"},
     )
 
 
@@ -373,6 +373,13 @@ def test_another_answer_has_no_fields(status: int, body: str) -> None:
 
     assert result == interpret(USERS_GET_FIELDS, status, body)
     assert not result.ok
+
+
+def test_a_success_without_fields_is_not_believed() -> None:
+    result = interpret_fields(200, make_body("Success"))
+
+    assert not result.ok
+    assert result.reason == answers.NOT_ITERABLE
 
 
 # What a result keeps

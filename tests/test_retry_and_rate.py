@@ -867,7 +867,9 @@ def test_the_fields_are_asked_for() -> None:
 
     result = client.get_fields()
 
-    assert result == iterable_client.CallResult("users/getFields", ok=True, status=200)
+    assert result == iterable_client.CallResult(
+        "users/getFields", ok=True, status=200, fields={}
+    )
     assert transport.calls == ["users/getFields"]
 
 
