@@ -883,10 +883,12 @@ class _Connection(HTTPConnection):
             super().send(data[start : start + BLOCK_SIZE])
 
     def has_lapsed(self) -> bool:
-        """Whether the server closed the connection, or sent what no call asked for.
+        """Whether it is closed, or the server sent what no call asked for.
 
         A TLS server sends tickets first, so it is not enough that there are bytes.
         """
+        if self.is_closed:
+            return True
         is_quiet = self.is_connected  # so says urllib3 when no bytes wait in the socket
         if isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0:
             is_quiet = False
@@ -950,13 +952,10 @@ class Transport:
         round trips: after the turn, they would make calls arrive bunched, and Iterable
         would answer some with 429.
         """
-        connection = getattr(self._of_thread, "connection", None)
-        if connection is None or connection.is_closed or connection.has_lapsed():
-            connection = self._open_connection()
+        self._get_connection()
         wait_for_turn()
         sent_at = monotonic()
-        if connection.has_lapsed():
-            connection = self._open_connection()
+        connection = self._get_connection()  # the first one may have lapsed meanwhile
         try:
             self._send(connection, endpoint, body)
             response = connection.getresponse()
@@ -971,8 +970,11 @@ class Transport:
         retry_after = response.headers.get("Retry-After")
         return HttpAnswer(response.status, text, retry_after, sent_at)
 
-    def _open_connection(self) -> _Connection:
-        """Open a connection and keep it for this thread. Raises NoAnswer."""
+    def _get_connection(self) -> _Connection:
+        """Return the open connection of this thread. Raises NoAnswer."""
+        kept: _Connection | None = getattr(self._of_thread, "connection", None)
+        if kept is not None and not kept.has_lapsed():
+            return kept
         connection = self._make_connection()
         try:
             connection.connect()
@@ -1024,15 +1026,16 @@ class Transport:
     ) -> str:
         """Return the body, or its beginning: the status of a refusal is enough."""
         content = b""
-        block = None  # empty at the end of the answer
+        is_whole = False
         try:
-            while block != b"" and len(content) < max_bytes:
+            while not is_whole and len(content) < max_bytes:
                 block = response.read1(65_536)
                 content += block
+                is_whole = not block
         except urllib3_errors.HTTPError:
             if response.status < 300:
                 raise
-        if block != b"":
+        if not is_whole:
             connection.close()
         return content.decode("utf-8", "replace")
 
