@@ -352,12 +352,16 @@ def test_informational_answers_are_skipped(standin: StandIn, interval: float) ->
 @pytest.fixture(params=["http", "https"])
 def either_peer(secure: StandIn, request: pytest.FixtureRequest) -> Iterator[Peer]:
     """A server without TLS, then one with TLS."""
-    context = None
-    if request.param == "https":
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(secure.ca_file.with_name("server.pem"))
+    context = make_server_context(secure) if request.param == "https" else None
     with Peer(context) as peer:
         yield peer
+
+
+def make_server_context(secure: StandIn) -> ssl.SSLContext:
+    """Return what a server needs to be https://localhost, as the stand-in is."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(secure.ca_file.with_name("server.pem"))
+    return context
 
 
 def keep_connections(client: IterableClient) -> list[Any]:
@@ -825,10 +829,11 @@ def test_a_ca_file_that_cannot_be_read_is_named() -> None:
 class Tunnel(Peer):
     """A proxy to one server, which keeps the request that it got."""
 
-    def __init__(self, target: StandIn) -> None:
-        super().__init__()
+    def __init__(self, target: StandIn, context: ssl.SSLContext | None = None) -> None:
+        super().__init__(context)
         self._target = target
-        self.proxy = f"http://ann:p%40ss@127.0.0.1:{self.port}"
+        scheme = "http" if context is None else "https"
+        self.proxy = f"{scheme}://ann:p%40ss@localhost:{self.port}"
         self.request = self.start(self._open_tunnel)
 
     def _open_tunnel(self) -> str:
@@ -870,6 +875,19 @@ def test_a_proxy_does_not_see_the_key(
     assert request.startswith(f"CONNECT localhost:{secure.port} HTTP/1.")
     assert "proxy-authorization: basic yw5uonbac3m=" in request.lower()
     assert KEY not in request
+
+
+def test_a_proxy_may_be_reached_over_tls(secure: StandIn) -> None:
+    secure.reset()
+    tunnel = Tunnel(secure, make_server_context(secure))
+    with tunnel:
+        environment = {**trust(secure), "HTTPS_PROXY": tunnel.proxy}
+        client = build_client(secure.url, environment=environment)
+
+        assert client.post([make_update()]) == UPDATED
+        assert client.post([make_update()]) == UPDATED
+
+    assert secure.counters()["connections"] == 1
 
 
 def test_the_tunnel_is_open_before_the_turn(secure: StandIn, tunnel: Tunnel) -> None:
