@@ -65,7 +65,7 @@ class Endpoint:
     limit: int  # calls a second that Iterable allows a project
     method: str = "POST"
     items_key: str = ""  # of the list in the body of a bulk call
-    starts_user: bool = False  # so no call may begin when the run is ending
+    starts_user: bool = False  # the first call of a user: none once the run is ending
 
 
 USERS_UPDATE = Endpoint("users/update", limit=500, starts_user=True)
@@ -107,8 +107,8 @@ class Identity(NamedTuple):
     value: str
 
 
-# A row of Query 2 by its columns: user_id, first_name, email, plan_type, view_id, page,
-# browser, location, and event_time in UTC.
+# A row of Query 2 (a PageViewRow) by its columns: user_id, first_name, email,
+# plan_type, view_id, page, browser, location, and event_time in UTC.
 Row = Mapping[str, int | str | None]
 
 
@@ -128,7 +128,7 @@ _USER_ID = re.compile(r"[!-~]([ -~]{0,50}[!-~])?")
 _EVENT_ID = re.compile(r"page-view-[A-Za-z0-9-]{1,502}")
 _EVENT_TIME = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(\.\d+)?")
 
-# The types of the fields of a user, by the names that users/getFields has for them.
+# The fields that are sent of a user, with the types that users/getFields should name.
 USER_FIELD_TYPES = {
     "first_name": "string",
     "plan_type": "string",
@@ -274,7 +274,8 @@ class CallResult:
     """
 
     endpoint: str  # its path
-    # The call was accepted. Of a group: its answer tells which users were.
+    # The call was accepted. Of a group: its answer is clear, and `confirmed` says who
+    # was accepted.
     ok: bool
     status: int | None = None  # None if there was no answer
     code: str | None = None
@@ -303,22 +304,24 @@ class CallResult:
         if self.status is None:
             return f"No answer from {self.endpoint}"
         kinds = {3: "Redirect", 4: "4xx Client Error", 5: "5xx Server Error"}
-        kind = kinds.get(self.status // 100, "Unusable answer")
+        kind = kinds.get(self.status // 100, "No success")
         return f"{kind} from {self.endpoint}: Status {self.status}"
 
     @property
     def is_forgotten(self) -> bool:
         """Whether the user asked Iterable to forget them: every write is refused."""
-        return self.status == 409 and self.code == "ForgottenUserError"
+        is_refusal = self.status == 409 and self.code == "ForgottenUserError"
+        return is_refusal and not self.is_provisional
 
     @property
     def is_usable(self) -> bool:
-        """Whether Iterable itself gave a final answer, even if a refusal."""
-        return self.ok or (self.code is not None and not self.is_retryable)
+        """Whether Iterable itself gave a final answer about the user."""
+        has_answer = self.code is not None and not self.is_retryable
+        return self.ok or (has_answer and not self.is_provisional)
 
     @property
     def is_provisional(self) -> bool:
-        """Whether it is of a group that failed: its users get single calls then."""
+        """Whether it is of a group that failed: each user gets a single call then."""
         return not self.ok and self.endpoint in BULK_PATHS
 
 
@@ -363,8 +366,7 @@ def interpret_group(
     It is believed only when its counts agree with the users that its lists name.
     """
     if status // 100 != 2:
-        # Without the code: with it the answer would count as one about each user.
-        return replace(interpret(endpoint, status, text), code=None)
+        return interpret(endpoint, status, text)
     answer = _parse_object(text)
     sent = {identity.value for identity in identities}
     failed = sent & _find_named_users(answer, identities[0].identify_by)
@@ -394,19 +396,21 @@ def interpret_group(
 
 def interpret_fields(status: int, text: str) -> CallResult:
     """Return what the answer of users/getFields means."""
-    result = interpret(USERS_GET_FIELDS, status, text)
+    endpoint = USERS_GET_FIELDS
     fields = _parse_object(text).get("fields")
     if status // 100 == 2 and isinstance(fields, dict):
-        return CallResult(result.endpoint, ok=True, status=status, fields=fields)
+        return CallResult(endpoint.path, ok=True, status=status, fields=fields)
+    result = interpret(endpoint, status, text)
+    # It may be a success, but for users/getFields it is none.
     return replace(result, ok=False, reason=result.reason or NOT_ITERABLE)
 
 
 def _find_named_users(answer: dict[str, Any], identify_by: IdentifyBy) -> set[str]:
     """Return the users whom the lists of a bulk answer name.
 
-    Lists whose key begins with "conflict" are left out. They name the other user of a
-    conflict, who may be in this group and delivered. So after a conflict the counts do
-    not agree, and the whole group is sent singly.
+    The lists "conflict..." do not name the user who was refused because of a conflict,
+    but the other one, who may be in this group, too. Without them the counts disagree,
+    and the whole group is sent singly.
     """
     named: set[str] = set()
     failed_updates = _as_object(answer.get("failedUpdates"))
@@ -460,10 +464,13 @@ def _hide(identity: Identity, text: str) -> str:
 
 
 def _is_key_refused(status: int, answer: dict[str, Any]) -> bool:
-    """Whether Iterable refuses the key, and not a firewall the request."""
-    has_code = bool(_get_text(answer, "code"))
+    """Whether Iterable refuses the key, and not a firewall the request.
+
+    Iterable's own JSON has a code, and a `msg` that may be empty.
+    """
     has_message = isinstance(answer.get("msg"), str)
-    return status in (401, 403) and has_code and has_message
+    is_from_iterable = has_message and _get_text(answer, "code") != ""
+    return status in (401, 403) and is_from_iterable
 
 
 def _explain_refusal(status: int, answer: dict[str, Any], message: str) -> str:
@@ -491,7 +498,7 @@ def _explain_refusal(status: int, answer: dict[str, Any], message: str) -> str:
     if _is_key_refused(status, answer):
         words = f' ("{message}")' if message else ""
         return f"Iterable refused the API key{words}: {CHECK_KEY}"
-    if not code or status in (401, 403):  # of a firewall or proxy
+    if not code or status in (401, 403):  # the answer of a firewall or proxy
         return NOT_ITERABLE
     return message or "Iterable does not say why"
 
@@ -525,8 +532,8 @@ class RunControl:
     """
 
     def __init__(self) -> None:
-        #: No update may start, and no call is retried. Users whose update has ended, be
-        #: it with a failure, still get their events.
+        #: No user may start, and no call of any kind is tried again. A user who has
+        #: started still gets the event, even if the update fails.
         self.no_new_users = threading.Event()
         #: No call at all may start.
         self.nothing_more = threading.Event()
@@ -560,11 +567,11 @@ class RunControl:
 
 
 class KeyRefused(Exception):
-    """Iterable refused the API key. Nothing more is sent."""
+    """Iterable refused the API key."""
 
 
 class IterableUnavailable(Exception):
-    """Iterable takes no call at present. Nothing more is sent."""
+    """Iterable takes no call at present."""
 
 
 class TurnCancelled(Exception):
@@ -592,14 +599,14 @@ class RetryPolicy:
         """Return the wait after so many failed attempts."""
         if retry_after is not None:
             return retry_after
-        doublings = min(failed_attempts - 1, 30)  # more would overflow a float
-        longest = min(self.longest_wait, self.first_wait * 2**doublings)
+        doubled = self.first_wait * 2 ** (failed_attempts - 1)
+        longest = min(self.longest_wait, doubled)
         return random.uniform(0, longest)  # noqa: S311 - jitter is no secret
 
     def parse_retry_after(self, header: str | None) -> float | None:
-        """Return the seconds that a Retry-After header asks for, or None.
+        """Return the seconds that a Retry-After header asks for.
 
-        It is a number of seconds or an HTTP date.
+        It is a number of seconds or an HTTP date. None if it is neither, or is past.
         """
         try:
             seconds = urllib3.Retry().parse_retry_after(header or "")
@@ -611,7 +618,7 @@ class RetryPolicy:
 
 
 class RateLimiter:
-    """Spaces the calls of an endpoint evenly over all threads.
+    """Spaces the calls of an endpoint evenly in time, whichever threads make them.
 
     After a 429 none starts for a while, and the rate falls to 70 %. It climbs back by
     1 % of the full rate a second, because others write to the project as well.
@@ -620,12 +627,14 @@ class RateLimiter:
     # By this share the rate stays below the limit: Iterable counts arrivals, and some
     # calls take longer than others to arrive.
     MARGIN = 0.02
-    SLOW_MARGIN = 0.05  # for 10 calls a second or fewer: one of them weighs more
+    SLOW_MARGIN = (
+        0.05  # at 10 calls a second or fewer, where one too early matters more
+    )
     SLACK = 0.005  # seconds that a thread which woke up late may make up for
     PAUSE = 0.25  # seconds after a 429 that does not ask for any
     FALL = 0.7  # of the rate, after a 429
     CLIMB = 0.01  # of the full rate, each second
-    LONGEST_SLEEP = 0.1  # seconds until a thread looks whether the run is ending
+    LONGEST_SLEEP = 0.1  # seconds until a thread looks whether the pause was cut
 
     def __init__(self, rate: float, no_new_users: threading.Event) -> None:
         margin = self.MARGIN
@@ -634,10 +643,10 @@ class RateLimiter:
         self._full_rate = rate / (1 + margin)
         self._fallen_to = self._full_rate
         self._no_new_users = no_new_users
-        # Held by the one thread that waits for the next turn: of many, some would wake
-        # up late and start together.
+        # One thread waits for its turn, the others for this lock. If all of them slept,
+        # those that wake up late would start together.
         self._turnstile = threading.Lock()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the numbers below, never held while waiting
         self._next_turn = 0.0  # monotonic seconds, as the next two
         self._paused_until = 0.0
         self._fell_at = 0.0
@@ -656,18 +665,17 @@ class RateLimiter:
     def slow_down(self, sent_at: float, retry_after: float | None) -> None:
         """Pause after a 429 to a call that was sent at `sent_at` (monotonic seconds).
 
-        The rate falls once a second at most, and not for calls that were in flight
-        when the pause began.
+        A Retry-After is followed in any case. Otherwise a call that was sent before the
+        last pause changes nothing. The rate falls once a second at most.
         """
         with self._lock:
             now = monotonic()
-            was_in_flight = sent_at < self._paused_until
-            pause = 0.0 if was_in_flight else self.PAUSE
-            if retry_after is not None:
-                pause = retry_after
-            if not was_in_flight and now - self._fell_at >= 1:
-                self._fallen_to = self.FALL * self._compute_rate(now)
-                self._fell_at = now
+            pause = retry_after or 0.0
+            if sent_at >= self._paused_until:
+                pause = retry_after or self.PAUSE
+                if now - self._fell_at >= 1:
+                    self._fallen_to = self.FALL * self._compute_rate(now)
+                    self._fell_at = now
             self._paused_until = max(self._paused_until, now + pause)
             rate = self._compute_rate(now)
         log.debug("429: a pause of %.1f s, then %.1f calls a second", pause, rate)
@@ -677,12 +685,13 @@ class RateLimiter:
         with self._lock:
             now = monotonic()
             start = self._next_turn
-            if not self._no_new_users.is_set():  # the end of the run cuts the pause
+            # The end of a run does not wait for a pause, which may take two minutes.
+            if not self._no_new_users.is_set():
                 start = max(start, self._paused_until)
             if start > now:
                 return start - now
-            earliest = max(self._next_turn, now - self.SLACK)
-            self._next_turn = earliest + 1 / self._compute_rate(now)
+            turn = max(start, now - self.SLACK)
+            self._next_turn = turn + 1 / self._compute_rate(now)
             return 0.0
 
     def _compute_rate(self, now: float) -> float:

@@ -61,7 +61,7 @@ def test_an_answer(answer: Answer) -> None:
         ),
         (
             CallResult("users/update", ok=False, status=200),
-            "Unusable answer from users/update: Status 200",
+            "No success from users/update: Status 200",
         ),
         (
             CallResult("users/update", ok=False, status=302),
@@ -340,7 +340,7 @@ def test_any_answer_to_a_group_has_a_result(status: int, body: str) -> None:
     assert result.ok == (result.reason == "")
     assert result.ok or result.confirmed == frozenset()
     assert result.confirmed <= {ONE, TWO, THREE}
-    assert result.code is None
+    assert result.is_usable == result.ok
 
 
 # users/getFields
