@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import io
-import itertools
 import json
 import logging
 import math
@@ -707,8 +706,8 @@ BLOCK_SIZE = 16_384  # bytes that are sent at once: what one TLS record holds
 LOOK_UP_SECONDS = 30.0  # for which a name's addresses are used again
 LOOK_UP_INTERVAL = 1.0  # seconds until the next look-up, if there is no connection
 MAX_INTERIM_ANSWERS = 10  # 1xx answers in front of the true one
-# Bytes of an answer that are read, besides twice those of the request: the answer to a
-# group may name each of its users twice. users/getFields names thousands of fields.
+# Bytes of an answer that are read at most (users/getFields names thousands of fields),
+# and two more for each of the request: the answer to a group may name each user twice.
 MAX_ANSWER = 1_000_000
 
 
@@ -804,19 +803,16 @@ class _AnswerReader(io.RawIOBase):
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._raw = sock.makefile("rb", buffering=0)
-        self._deadline = monotonic() + (sock.gettimeout() or 0.0)
-        self._is_first = True
-        self.has_ended = False  # then nothing more is read
+        self._deadline = monotonic() + (sock.gettimeout() or 0.0)  # it has one, always
+        self.is_stopped = False  # then no more bytes are given
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        if self.has_ended:
+        if self.is_stopped:
             return 0
-        if not self._is_first:  # most answers come at once
-            _set_deadline(self._sock, self._deadline)
-        self._is_first = False
+        _set_deadline(self._sock, self._deadline)
         return self._raw.readinto(buffer)
 
     def close(self) -> None:
@@ -825,7 +821,7 @@ class _AnswerReader(io.RawIOBase):
 
 
 class _AnswerBuffer(io.BufferedReader):
-    """Reads an answer, and ends a connection on which more than the answer came."""
+    """Reads an answer, and closes a connection on which more than the answer came."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -834,10 +830,9 @@ class _AnswerBuffer(io.BufferedReader):
 
     def close(self) -> None:
         if not self.closed:
-            self._reader.has_ended = True
-            if self.peek():
-                with contextlib.suppress(OSError):
-                    self._sock.shutdown(socket.SHUT_RDWR)
+            self._reader.is_stopped = True
+            if self.peek():  # bytes that were read together with the answer
+                self._sock.close()
         super().close()
 
 
@@ -854,20 +849,19 @@ class _FinalResponse(http.client.HTTPResponse):
         self.fp = _AnswerBuffer(sock)
 
     def begin(self) -> None:
-        super().begin()
-        interim = 0
-        while 100 <= self.status < 200 and self.status != 101:
-            interim += 1
-            if interim > MAX_INTERIM_ANSWERS:
-                raise http.client.HTTPException("too many 1xx answers")
-            self.headers = self.msg = None  # type: ignore[assignment]  # begin again
+        for _ in range(MAX_INTERIM_ANSWERS):
             super().begin()
+            if self.status >= 200 or self.status == 101:  # which is the last one, too
+                return
+            self.headers = None  # type: ignore[assignment]  # else begin() does nothing
+        raise http.client.HTTPException("too many 1xx answers")
 
 
 class _Connection(HTTPConnection):
     """A connection of urllib3 that finds its address in the `names`.
 
-    `timeout` (seconds) is for opening it, and later for each request and each answer.
+    `timeout` (seconds) is for opening it, and later for each request and each answer:
+    before these, urllib3 sets it for the socket.
     """
 
     response_class = _FinalResponse
@@ -887,25 +881,16 @@ class _Connection(HTTPConnection):
         """
         deadline = monotonic() + self.timeout
         for start in range(0, len(data), BLOCK_SIZE):
-            if start > 0:
-                _set_deadline(self.sock, deadline)
+            _set_deadline(self.sock, deadline)
             super().send(data[start : start + BLOCK_SIZE])
 
     def has_lapsed(self) -> bool:
-        """Whether it is closed, or the server sent what no call asked for.
-
-        A TLS server sends tickets first, so it is not enough that there are bytes.
-        """
+        """Whether it is closed, or the server sent what no call asked for."""
         if self.is_closed:
             return True
-        is_quiet = self.is_connected  # so says urllib3 when no bytes wait in the socket
-        if isinstance(self.sock, ssl.SSLSocket) and self.sock.pending() > 0:
-            is_quiet = False
-        if is_quiet:
-            return False
         try:
             self.sock.settimeout(0)
-            self.sock.recv(1)
+            self.sock.recv(1)  # takes in the tickets that a TLS server sends by itself
         except (BlockingIOError, ssl.SSLWantReadError):
             return False
         except OSError:
@@ -963,8 +948,8 @@ class Transport:
         """
         self._get_connection()
         wait_for_turn()
-        sent_at = monotonic()
         connection = self._get_connection()  # the first one may have lapsed meanwhile
+        sent_at = monotonic()
         try:
             self._send(connection, endpoint, body)
             response = connection.getresponse()
@@ -989,7 +974,7 @@ class Transport:
             connection.connect()
         except _CONNECTION_ERRORS as error:
             connection.close()
-            raise self._explain_no_connection(connection.host, error) from error
+            raise self._explain_no_connection(error) from error
         connection.timeout = self._timeout
         self._of_thread.connection = connection
         return connection
@@ -1033,7 +1018,10 @@ class Transport:
         response: urllib3.HTTPResponse,
         max_bytes: int,
     ) -> str:
-        """Return the body, or its beginning: the status of a refusal is enough."""
+        """Return the body, or the beginning of one that is too long.
+
+        Of a refusal that breaks off the beginning is enough, too.
+        """
         content = b""
         is_whole = False
         try:
@@ -1048,8 +1036,8 @@ class Transport:
             connection.close()
         return content.decode("utf-8", "replace")
 
-    def _explain_no_connection(self, host: str, error: Exception) -> NoAnswer:
-        """Return in words why no connection to `host` could be opened."""
+    def _explain_no_connection(self, error: Exception) -> NoAnswer:
+        """Return in words why no connection could be opened."""
         place = self._host
         advice = CHECK_URL
         if self._proxy is not None:
@@ -1067,12 +1055,12 @@ class Transport:
             )
             return NoAnswer(reason, is_retryable=False)
         if isinstance(error, socket.gaierror):
-            return NoAnswer(f"the host name {host} is unknown (DNS): {advice}")
+            return NoAnswer(f"the host name of {place} is unknown (DNS): {advice}")
         detail = getattr(error, "strerror", None) or str(error)
         if isinstance(error, TimeoutError):
             detail = "no answer in time"
         elif isinstance(error, ssl.SSLError):
-            detail = f"not encrypted: {error}"
+            detail = f"TLS failed: {error}"
         return NoAnswer(f"no connection to {place} ({detail}): {advice}")
 
 
@@ -1092,7 +1080,7 @@ def _find_proxy(base_url: str) -> Url | None:
         default_port = port_by_scheme[proxy.scheme or ""]
     except (ValueError, KeyError):
         raise NetworkSettingsError(_UNUSABLE_PROXY) from None
-    # A password with one of / ? # @ in it looks like these parts.
+    # A password with one of / ? # in it looks like these parts.
     if proxy.path not in (None, "/") or proxy.query or proxy.fragment:
         raise NetworkSettingsError(_UNUSABLE_PROXY)
     return proxy._replace(port=proxy.port or default_port)
@@ -1220,11 +1208,12 @@ class IterableClient:
     """The calls of one Iterable project, for many threads at once.
 
     `rate` is the number of users/update calls a second; each other endpoint gets the
-    same share of its own limit. `timeout` is in seconds. `redact` takes the secrets out
-    of a text. Raises NetworkSettingsError.
+    same share of its own limit. `timeout` is in seconds. `workers` is how many threads
+    a Sender uses. `redact` takes the secrets out of a text. Calls raise TurnCancelled
+    if the run ended before they were sent. Raises NetworkSettingsError.
     """
 
-    PROBE_ATTEMPTS = 2  # of `is_available`: 20 users have failed with all of theirs
+    PROBE_ATTEMPTS = 2  # of `is_available`, after many users with all their attempts
 
     def __init__(
         self,
@@ -1260,14 +1249,17 @@ class IterableClient:
         self._has_warned_of_dropped_fields = False
 
     def count_calls(self, updates: int, events: int, *, bulk: bool) -> int:
-        """Return how many calls a run makes in which none is made again."""
+        """Return how many calls a run makes, not counting retries."""
         if not bulk:
             return updates + events
         groups = math.ceil(updates / MAX_GROUP_USERS)
         return groups + math.ceil(events / MAX_GROUP_USERS)
 
     def estimate_seconds(self, users: int, *, bulk: bool) -> float:
-        """Return how long the updates of a run take at the rate limit, in seconds."""
+        """Return how many seconds the updates take at the rate limit.
+
+        The events take less, because their limit is higher.
+        """
         limit = USERS_BULK_UPDATE.limit if bulk else USERS_UPDATE.limit
         calls = self.count_calls(users, 0, bulk=bulk)
         return calls / (self._share * limit)
@@ -1277,45 +1269,40 @@ class IterableClient:
 
         With a good key Iterable answers 400, because there is no user, else 401.
         """
-        return self._call(_UPDATE_NOBODY) or _make_failure(USERS_UPDATE, "stopped")
+        return self._call(_UPDATE_NOBODY)
 
     def get_fields(self) -> CallResult:
         """Ask users/getFields for the fields of users. It changes nothing."""
-        return self._call(_GET_FIELDS) or _make_failure(USERS_GET_FIELDS, "stopped")
+        return self._call(_GET_FIELDS)
 
     def is_available(self, good_call: Call | None) -> bool:
-        """Whether Iterable takes an update that it accepted before in this run.
+        """Whether Iterable answers an update that it accepted before in this run.
 
         Without one, users/getFields is asked. True as well if the run ended meanwhile.
         """
         request = _GET_FIELDS
         if good_call is not None:
             request = _make_request([good_call])
-        result = self._call(request, max_attempts=self.PROBE_ATTEMPTS)
-        if result is None or self.control.no_new_users.is_set():
+        try:
+            result = self._call(request, max_attempts=self.PROBE_ATTEMPTS)
+        except TurnCancelled:
             return True
-        return result.is_usable
+        return result.is_usable or self.control.no_new_users.is_set()
 
-    def post(self, calls: Sequence[Call]) -> CallResult | None:
+    def post(self, calls: Sequence[Call]) -> CallResult:
         """Make a call, or one bulk call in place of several of one endpoint.
 
-        None if the run ended before it was sent. A refused key ends the run.
+        A refused key ends the run.
         """
         result = self._call(_make_request(calls))
-        if result is None:
-            return None
         if result.is_refused_key:
             self.control.abort(KeyRefused(result.reason))
         if result.dropped_fields:
             self._warn_of_dropped_fields(result.dropped_fields)
         return result
 
-    def _call(
-        self,
-        request: _Request,
-        max_attempts: int | None = None,
-    ) -> CallResult | None:
-        """Make a call, and again as the retry policy says. None if nothing was sent.
+    def _call(self, request: _Request, max_attempts: int | None = None) -> CallResult:
+        """Make a call, and again as the retry policy says.
 
         A 429 is no failed attempt, unless there is nothing else for too long.
         """
@@ -1323,33 +1310,36 @@ class IterableClient:
         cancelled = self.control.get_stop(request.endpoint)
         max_attempts = max_attempts or self._retry.max_attempts
         result = None
+        number = 0
         failures = 0
         throttled_since = None
-        for number in itertools.count(1):
+        while True:
             try:
                 attempt = self._attempt(request, cancelled)
             except TurnCancelled:
-                break
+                if result is None:
+                    raise
+                return result
+            number += 1
             self._count_attempt(number)
             result = replace(attempt, attempts=number)
             cancelled = no_new_users  # no retry is worth delaying the end
             if result.status == 429:
                 throttled_since = throttled_since or monotonic()
                 if monotonic() - throttled_since >= self._retry.longest_throttling:
-                    break
+                    return result
                 continue  # the limiter pauses
             throttled_since = None
             failures += 1
             if not result.is_retryable or failures >= max_attempts:
-                break
+                return result
             wait = self._retry.compute_wait(failures, result.retry_after)
             log.debug("%s: next attempt in %.1f s", result.headline, wait)
             if no_new_users.wait(wait):
-                break
-        return result
+                return result
 
     def _attempt(self, request: _Request, cancelled: threading.Event) -> CallResult:
-        """Send a request once. Raises TurnCancelled if it may not be sent any more."""
+        """Send a request once, when its turn comes."""
         if cancelled.is_set():  # so that no connection is opened
             raise TurnCancelled
         endpoint = request.endpoint
@@ -1365,12 +1355,12 @@ class IterableClient:
         except TurnCancelled:
             raise
         except NoAnswer as error:
-            result = _make_failure(endpoint, str(error))
-            result = replace(result, is_retryable=error.is_retryable)
+            retryable = error.is_retryable
+            result = _make_failure(endpoint, str(error), is_retryable=retryable)
         except Exception as error:  # costs this call, and not the run
             log.exception("Unexpected error", extra=FILE_ONLY)
             reason = f"an unexpected error ({type(error).__name__}): see the log file"
-            result = replace(_make_failure(endpoint, reason), is_unexpected=True)
+            result = _make_failure(endpoint, reason, is_unexpected=True)
         return self._redact_result(result)
 
     def _count_attempt(self, number: int) -> None:
@@ -1403,9 +1393,9 @@ class IterableClient:
         return self._redact(text)[:MAX_KEPT_TEXT]
 
 
-def _make_failure(endpoint: Endpoint, reason: str) -> CallResult:
+def _make_failure(endpoint: Endpoint, reason: str, **facts: bool) -> CallResult:
     """Return the result of a call that got no answer."""
-    return CallResult(endpoint.path, ok=False, message=reason, reason=reason)
+    return CallResult(endpoint.path, ok=False, message=reason, reason=reason, **facts)  # type: ignore[arg-type]
 
 
 # Sending many users
@@ -1418,8 +1408,8 @@ MAX_GROUP_BYTES = 1_000_000
 # Users of a bulk run in flight. More would only wait for their turn, and take memory.
 MAX_BULK_IN_FLIGHT = 10_000
 UNUSABLE_IN_A_ROW = 20  # users without a usable answer: Iterable may be down
-# Bytes of virtual memory that must be free when a thread is started, for its stack and
-# its heap. With less, it may hang or crash.
+# Bytes of virtual memory that a new thread needs, for its stack and its heap. With
+# less, it may hang or crash.
 THREAD_ROOM = 200_000_000
 
 
@@ -1474,7 +1464,10 @@ class Sender(AbstractContextManager["Sender"]):
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to collect. An open group is not in flight."""
+        """Whether nobody is in flight, and no outage is still to be looked for.
+
+        The users of an open group are not in flight.
+        """
         return self._in_flight == 0 and not self._suspects_outage
 
     def submit(self, user: UserCalls) -> None:
@@ -1500,7 +1493,8 @@ class Sender(AbstractContextManager["Sender"]):
         """Return the users who are finished, after up to `seconds` for the first.
 
         Before, it may ask whether Iterable is down, and end the run. Raises
-        NoRoomForThread, and what a worker raised that nobody foresaw.
+        NoRoomForThread, and what a worker raised that nobody foresaw: some users do not
+        come back then, but have their results.
         """
         if self._suspects_outage:
             self._look_for_outage()
@@ -1516,6 +1510,7 @@ class Sender(AbstractContextManager["Sender"]):
 
     def _start(self, group: list[UserCalls]) -> None:
         try:
+            # Each time, because the pool does not tell when it starts a thread.
             require_thread_room()
             future = self._workers.submit(self._send, group)
         except (OSError, RuntimeError, MemoryError) as error:
@@ -1529,8 +1524,7 @@ class Sender(AbstractContextManager["Sender"]):
         """Return the finished users of a group, and send each other one singly."""
         finished = []
         for user in group:
-            open_calls = [call for call in user.calls if self._is_open(call)]
-            if open_calls and not any(map(self._is_forbidden, open_calls)):
+            if self._find_due_call(user) is not None:
                 self._start([user])
             else:
                 self._in_flight -= 1
@@ -1538,45 +1532,53 @@ class Sender(AbstractContextManager["Sender"]):
                 finished.append(user)
         return finished
 
-    def _is_open(self, call: Call) -> bool:
-        """Whether the call has no result, or a provisional one that may be replaced."""
-        if call.result is None:
-            return True
-        return call.result.is_provisional and not self._is_forbidden(call)
+    def _find_due_call(self, user: UserCalls) -> Call | None:
+        """Return the call that a user needs next; None if the user is finished.
 
-    def _is_forbidden(self, call: Call) -> bool:
-        """Whether the call may not start any more."""
-        return self._client.control.get_stop(call.endpoint).is_set()
+        An update that failed with its group, and may not be repeated because the run is
+        ending, counts as made: the event is next.
+        """
+        for call in user.calls:
+            may_start = not self._client.control.get_stop(call.endpoint).is_set()
+            if call.result is None:
+                return call if may_start else None
+            if call.result.is_provisional and may_start:
+                return call
+        return None
 
     def _send(self, group: list[UserCalls]) -> list[UserCalls]:
-        """Make the calls of a group that have not ended. Runs in a worker."""
-        self._make_calls([user.update for user in group])
-        events = []
+        """Make the calls of a group that are due. Runs in a worker."""
+        self._make_calls(group, USERS_UPDATE)
         for user in group:
             updated = user.update.result
             if updated is not None and updated.is_forgotten:
                 user.event = None  # Iterable would refuse it, too
-            elif user.event is not None and not self._is_open(user.update):
-                events.append(user.event)
-        self._make_calls(events)
+        self._make_calls(group, EVENTS_TRACK)
         return group
 
-    def _make_calls(self, calls: list[Call]) -> None:
-        """Make those calls of one endpoint that have not ended, together if several.
+    def _make_calls(self, group: list[UserCalls], endpoint: Endpoint) -> None:
+        """Make the calls to an endpoint that are due, together if there are several.
 
-        None gets a result if the run ended before. Users whom the answer to a group
-        names as failed get none either, and so a single call.
+        If the run ended before, no call gets a result. A user whom the answer to the
+        group names as failed gets none either, and is sent singly.
         """
-        calls = [call for call in calls if self._is_open(call)]
-        result = self._client.post(calls) if calls else None
-        if result is None:
+        calls = []
+        for user in group:
+            call = self._find_due_call(user)
+            if call is not None and call.endpoint is endpoint:
+                calls.append(call)
+        if not calls:
+            return
+        try:
+            result = self._client.post(calls)
+        except TurnCancelled:
             return
         if result.is_provisional:
             text = "%s: %s; its %d users are sent singly, unless the run is ending"
             log.info(text, result.headline, result.reason, len(calls), extra=FILE_ONLY)
+        is_clear_group = len(calls) > 1 and result.ok
         for call in calls:
-            is_single = len(calls) == 1
-            if is_single or not result.ok or call.identity.value in result.confirmed:
+            if not is_clear_group or call.identity.value in result.confirmed:
                 call.result = result
 
     def _note(self, user: UserCalls) -> None:
@@ -1594,10 +1596,10 @@ class Sender(AbstractContextManager["Sender"]):
         return self._unusable_in_a_row >= UNUSABLE_IN_A_ROW
 
     def _look_for_outage(self) -> None:
-        """End the run if Iterable does not take a call that is known to be good.
+        """End the run if Iterable does not answer a call that is known to be good.
 
-        If it does, the users in a row are single ones whom it answers with errors for
-        ever. No new user starts while it is asked.
+        If it does, only the users in a row are answered with errors, whatever is tried.
+        The caller hands over nobody meanwhile.
         """
         self._unusable_in_a_row = 0
         if not self._client.is_available(self._good_call):

@@ -145,7 +145,7 @@ def test_an_unknown_name_is_named(
 ) -> None:
     ended = run_with_resolver(run_main, database, secure, [])
 
-    words = f"the host name localhost is unknown (DNS): {CHECK_URL}"
+    words = f"the host name of localhost:{secure.port} is unknown (DNS): {CHECK_URL}"
     assert {message for _, message in find_update_results(ended)} == {words}
     assert f": {words}\n" in ended.console
     assert secure.counters()["connections"] == 0

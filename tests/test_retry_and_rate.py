@@ -381,7 +381,6 @@ def test_a_call_is_made_so_often_at_most() -> None:
 
     result = client.post([make_update()])
 
-    assert result is not None
     assert result.attempts == 5
     assert len(transport.calls) == 5
 
@@ -393,7 +392,6 @@ def test_a_429_uses_up_no_attempt() -> None:
 
     result = client.post([make_update()])
 
-    assert result is not None
     assert result.status == 503
     assert result.attempts == 4
     assert len(transport.calls) == 4
@@ -436,7 +434,6 @@ def test_a_call_waits_as_long_as_the_server_asks(clock: Clock, status: int) -> N
 
     result = client.post([make_update()])
 
-    assert result is not None
     assert result.attempts == 2
     assert clock.now - began == pytest.approx(40)
 
@@ -451,7 +448,6 @@ def test_a_call_that_meets_nothing_but_429_ends_after_5_minutes(clock: Clock) ->
 
     result = client.post([make_update()])
 
-    assert result is not None
     assert result.status == 429
     assert clock.now - began == pytest.approx(300)
     assert len(transport.calls) == 11
@@ -471,7 +467,6 @@ def test_another_answer_ends_the_5_minutes(clock: Clock) -> None:
 
     result = client.post([make_update()])
 
-    assert result is not None
     assert result.ok
     assert result.attempts == 6
 
@@ -608,11 +603,14 @@ EACH_ENDPOINT = pytest.mark.parametrize("endpoint", UPDATES + EVENTS, ids=find_p
 
 
 def make_call(client: IterableClient, endpoint: Endpoint) -> CallResult | None:
-    """Make a call of any endpoint."""
+    """Make a call of any endpoint. None if the run ended before it was sent."""
     calls: list[Call] = [make_update(1), make_update(2)]
     if endpoint in EVENTS:
         calls = [make_event(1), make_event(2)]
-    return client.post(calls if endpoint.items_key else calls[:1])
+    try:
+        return client.post(calls if endpoint.items_key else calls[:1])
+    except TurnCancelled:
+        return None
 
 
 @pytest.fixture
@@ -788,7 +786,6 @@ def test_a_refused_key_lets_the_calls_in_flight_end(
     client.post([make_update(2)])
     result = in_flight.result(PROMPT)
 
-    assert result is not None
     assert result.ok
 
 
@@ -881,11 +878,3 @@ def test_a_refused_key_is_a_result_of_the_check(name: str) -> None:
 
     assert result.is_refused_key
     assert client.control.close() is None
-
-
-def test_a_check_that_is_stopped_says_so() -> None:
-    client, _ = script_client()
-    client.control.abort(ValueError("stop"))
-
-    assert client.check_key().reason == "stopped"
-    assert client.get_fields().reason == "stopped"
