@@ -336,8 +336,9 @@ def test_a_server_without_tls(certificates: Certificates) -> None:
     )
 
 
-def test_a_file_without_certificates(own_server: DatabaseServer) -> None:
-    assert explain_tls(own_server, "localhost", Path(__file__)) == (
+@pytest.mark.parametrize("ca_file", [__file__, "/nowhere/ca.pem"])
+def test_a_file_without_certificates(own_server: DatabaseServer, ca_file: str) -> None:
+    assert explain_tls(own_server, "localhost", Path(ca_file)) == (
         "The encrypted connection failed: check that DB_SSL_CA is a readable"
         " file of certificates in PEM, and the server's TLS versions"
     )
