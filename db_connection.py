@@ -41,8 +41,8 @@ _OPTIONS = {
     "client_flags": [-ClientFlag.CONNECT_ARGS],
 }
 
-# Its own errors, and what else it lets through while it connects: for a host name that
-# cannot be one, and for answers of a server that is not MySQL.
+# The connector's errors, and what else it lets through while it connects: for a host
+# name that cannot be one, and for answers of a server that is not MySQL.
 _CONNECT_ERRORS = (
     errors.Error,
     OSError,
@@ -56,7 +56,7 @@ _CONNECT_ERRORS = (
 _OLDEST_VERSIONS = {"MySQL": (8, 0), "MariaDB": (10, 2)}
 
 # Undoes what the configuration of a server or its init_connect may have set, where it
-# would change the rows or break the run off. Only MariaDB executes the text in /*M! */:
+# would change the rows or make the run fail. Only MariaDB executes the text in /*M! */:
 # of a table that keeps old rows it reads the current ones.
 _SESSION = (
     """
@@ -93,7 +93,7 @@ class PageViewRow(NamedTuple):
     for bytes not in UTF-8.
     """
 
-    user_id: Value
+    user_id: int | str
     first_name: Value
     email: Value
     plan_type: Value
@@ -101,7 +101,7 @@ class PageViewRow(NamedTuple):
     page: Value
     browser: Value
     location: Value
-    event_time: str | None
+    event_time: str
 
 
 # Of each text in these columns one copy is kept, so that many rows take little memory.
@@ -226,22 +226,23 @@ class DatabaseConnection:
         `sql` is the query `customers_by_id`. Its ids are passed as text: the server
         converts them to the type of the column, and can still use the index.
         """
-        wanted = [str(customer_id) for customer_id in ids]
+        texts = [str(customer_id) for customer_id in ids]
         columns = ("id", "email")
         found: dict[str, Value] = {}
-        for start in range(0, len(wanted), IDS_AT_ONCE):
-            chunk = wanted[start : start + IDS_AT_ONCE]
-            # An id from a damaged results file may not be Unicode: "?" stands in.
-            values = [text.encode(errors="replace").decode() for text in chunk]
-            places = ", ".join(["%s"] * len(chunk))
-            statement = sql.replace("(@customer_ids)", f"({places})")
+        for start in range(0, len(texts), IDS_AT_ONCE):
+            wanted = set(texts[start : start + IDS_AT_ONCE])
+            # Lone surrogates, from a damaged results file, become "?": UTF-8 has none.
+            values = [text.encode(errors="replace").decode() for text in wanted]
+            placeholders = ", ".join("%s" for _ in values)
+            statement = sql.replace("(@customer_ids)", f"({placeholders})")
             query = self._query("customers_by_id", statement, columns, values)
             with query as description:
                 rows, _ = self._connection.get_rows(raw=True)
                 for customer_id, email in _parse_rows(rows, description):
-                    found[str(customer_id)] = email
-        # Only what was asked for: where '7x' is, a server also finds the number 7.
-        return {key: found[key] for key in wanted if key in found}
+                    # For '7x' a server also finds the number 7.
+                    if str(customer_id) in wanted:
+                        found[str(customer_id)] = email
+        return found
 
     @contextlib.contextmanager
     def _query(
@@ -321,7 +322,7 @@ _MUST_BE_TEXT = "text"
 _MUST_BE_READABLE = "text, a number or a date"
 _MUST_BE_TIME = "a date with a time (DATETIME or TIMESTAMP)"
 _USABLE_KINDS = {
-    _MUST_BE_ID: (_WHOLE_NUMBER, "DECIMAL", _TEXT),  # DECIMAL may be a whole number
+    _MUST_BE_ID: (_WHOLE_NUMBER, "DECIMAL", _TEXT),  # DECIMAL(20) is whole
     _MUST_BE_TEXT: (_TEXT, "JSON"),  # JSON of MySQL; that of MariaDB is text
     _MUST_BE_READABLE: (
         _TEXT,
@@ -551,7 +552,7 @@ _BROKEN_VIEW = (
     "A view is broken, or the account that defined it is gone: create the view again"
 )
 
-# By the numbers of the errors. The words of the server follow in brackets.
+# By the numbers of the errors.
 _ADVICE = {
     (1040, 1203, 1226): (
         "A limit of the database is reached: try again later, or raise max_connections,"
@@ -594,9 +595,7 @@ _ADVICE = {
         "The database refused the login: DB_USER is for an operating system account"
         " only, so create one with a password"
     ),
-    (1820, 1862): (
-        "The password of DB_USER has expired: set a new one with ALTER USER"
-    ),
+    (1820, 1862): "The password of DB_USER has expired: set a new one with ALTER USER",
     (1969, 3024): (
         "The database ended the query at its own time limit: look for a missing index,"
         " or raise max_execution_time of MySQL, or max_statement_time of MariaDB"
@@ -606,7 +605,5 @@ _ADVICE = {
         " server"
     ),
     # 3955 comes after failed logins.
-    (3118, 3955, 4151): (
-        "The account DB_USER is locked: ALTER USER ... ACCOUNT UNLOCK"
-    ),
+    (3118, 3955, 4151): "The account DB_USER is locked: ALTER USER ... ACCOUNT UNLOCK",
 }
