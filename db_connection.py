@@ -14,7 +14,7 @@ import socket
 import ssl
 import struct
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -22,11 +22,10 @@ from mysql.connector import errors
 from mysql.connector.authentication import MySQLAuthenticator
 from mysql.connector.connection import MySQLConnection
 from mysql.connector.constants import ClientFlag, FieldType
-from mysql.connector.network import MySQLTCPSocket
 
 CONNECT_TIMEOUT = 10  # seconds, for the connection and for each answer of the login
 QUERY_TIMEOUT = 600  # seconds without a byte from the server
-ROWS_AT_ONCE = 1000  # one by one is slower, and an unparsed row takes 1.2 KB
+ROWS_AT_ONCE = 1000  # fewer are slower; more take memory, 1.2 KB an unparsed row
 IDS_AT_ONCE = 1000  # customers looked up by one statement
 
 # https://dev.mysql.com/doc/connector-python/en/connector-python-connectargs.html
@@ -42,24 +41,36 @@ _OPTIONS = {
     "client_flags": [-ClientFlag.CONNECT_ARGS],
 }
 
+# The connector's errors, and what else it lets through while it connects: for a host
+# name that cannot be one, and for answers of a server that is not MySQL.
+_CONNECT_ERRORS = (
+    errors.Error,
+    OSError,
+    AttributeError,
+    IndexError,
+    ValueError,
+    struct.error,
+)
+
 # The first versions with window functions and common table expressions.
 _OLDEST_VERSIONS = {"MySQL": (8, 0), "MariaDB": (10, 2)}
 
-# Sets every server default that decides which rows arrive and how they look. Only
-# MariaDB executes the text in /*M! */: of a table that keeps old rows it reads the
-# current ones.
+# Undoes what the configuration of a server or its init_connect may have set, where it
+# would change the rows or make the run fail. Only MariaDB executes the text in /*M! */:
+# of a table that keeps old rows it reads the current ones.
 _SESSION = (
     """
     SET SESSION
-        sql_mode = '',                           -- CHAR without its padding
+        sql_mode = '',       -- usual operators and escapes, CHAR without its padding
         time_zone = '+00:00',
         sql_select_limit = 18446744073709551615, -- rows of a result: no limit
         sql_big_selects = 1,                     -- joins of any size
         max_sort_length = 1024,                  -- bytes of a text that are sorted by
-        wait_timeout = 28800,                    -- seconds between two queries
-        timestamp = DEFAULT                      -- CURDATE() is today
+        wait_timeout = 28800,                    -- seconds from a query to the next
+        timestamp = DEFAULT  -- CURDATE() is today; secure_timestamp allows DEFAULT
         /*M!100303 , system_versioning_asof = DEFAULT */
     """,
+    # A lower level could read what another transaction has not committed.
     "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY",
 )
 
@@ -77,11 +88,12 @@ class QueryFileError(Exception):
 class PageViewRow(NamedTuple):
     """A row of Query 2: a customer with the latest page view.
 
-    Whole numbers are int, NULL is None, a JSON string is its content, and anything else
-    is the text that the server sends. Lone surrogates stand for bytes not in UTF-8.
+    Values of the INT types are int, NULL and JSON's null are None, a JSON string is its
+    content, and anything else is the text that the server sends. Lone surrogates stand
+    for bytes not in UTF-8.
     """
 
-    user_id: Value
+    user_id: int | str
     first_name: Value
     email: Value
     plan_type: Value
@@ -89,7 +101,11 @@ class PageViewRow(NamedTuple):
     page: Value
     browser: Value
     location: Value
-    event_time: str | None
+    event_time: str
+
+
+# Of each text in these columns one copy is kept, so that many rows take little memory.
+_REPEATED = ("plan_type", "page", "browser", "location")
 
 
 def read_query(path: Path, name: str) -> str:
@@ -99,6 +115,7 @@ def read_query(path: Path, name: str) -> str:
     """
     cure = "restore it from the program's repository"
     try:
+        # A comment that was saved in another encoding does no harm.
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise QueryFileError(
@@ -115,8 +132,10 @@ class DatabaseConnection:
 
     An account with SELECT alone is enough. `host` is a name, or the path of a Unix
     socket when it begins with `/`. With `ssl_ca` the certificate and the name of the
-    server are verified. Entering the block and its methods raise DatabaseError, and
-    QueryFileError when a query returns other columns than are read.
+    server are verified, except on a Unix socket, which needs no TLS.
+
+    Entering the block and calling a method can raise DatabaseError. The methods for one
+    query of the file raise QueryFileError when it returns other columns than they read.
     """
 
     version: str  # such as "MySQL 9.7.0" or "MariaDB 10.11.6"
@@ -139,23 +158,22 @@ class DatabaseConnection:
             "read_timeout": QUERY_TIMEOUT,
             **_OPTIONS,
         }
-        if host.startswith("/"):
-            self._config["unix_socket"] = host
-        else:
-            self._config["host"] = host
-            self._config["port"] = port
-        if ssl_ca:
-            self._config["ssl_ca"] = ssl_ca
-            self._config["ssl_verify_cert"] = True
-            self._config["ssl_verify_identity"] = True
         self._connection = MySQLConnection()
-        # So that no password is sent unencrypted, for which there is no option.
-        self._connection._authenticator = _Authenticator()
         self._is_logged_in = False
+        if host.startswith("/"):
+            self._config.update(unix_socket=host)
+        else:
+            self._config.update(host=host, port=port)
+            # So that no password is sent unencrypted, for which there is no option.
+            self._connection._authenticator = _Authenticator()
+            if ssl_ca:
+                self._config.update(
+                    ssl_ca=ssl_ca, ssl_verify_cert=True, ssl_verify_identity=True
+                )
 
     def __enter__(self) -> DatabaseConnection:
         try:
-            with self._errors_explained():
+            with self._errors_explained(*_CONNECT_ERRORS):
                 self._connection.connect(**self._config)
                 self._is_logged_in = True
                 # The server's init_connect may have chosen another database.
@@ -164,12 +182,12 @@ class DatabaseConnection:
                 for statement in _SESSION:
                     self.execute_query(statement)
         except BaseException:
-            self._close()
+            self._connection.close()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close()
+        self._connection.close()
 
     def execute_query(self, sql: str) -> list[dict[str, Any]]:
         """Run one statement and return a dict of column to value for each row."""
@@ -183,10 +201,8 @@ class DatabaseConnection:
         A column of another type would select other users, or send what Iterable does
         not understand. Raises DatabaseError, which lists every such column.
         """
-        with self._cursor() as cursor:
-            cursor.execute(sql)
-            _require_names("columns", cursor.column_names, tuple(_REQUIREMENTS))
-            kinds = {column[0]: _get_kind(column) for column in cursor.description}
+        with self._query("columns", sql, tuple(_REQUIREMENTS)) as description:
+            kinds = {column[0]: _get_kind(column) for column in description}
         complaints = _list_complaints(kinds)
         if complaints:
             raise DatabaseError(
@@ -197,15 +213,11 @@ class DatabaseConnection:
     def read_page_views(self, sql: str) -> list[PageViewRow]:
         """Return the rows of Query 2, in its order. A million take about 430 MB."""
         rows: list[PageViewRow] = []
-        with self._cursor() as cursor:
-            cursor.execute(sql)
-            _require_names("query_2", cursor.column_names, PageViewRow._fields)
-            # Past the cursor, which would convert the values: see _parse_rows.
+        with self._query("query_2", sql, PageViewRow._fields) as description:
             end_of_result = None  # the packet that follows the last row
             while end_of_result is None:
-                some, end_of_result = self._connection.get_rows(ROWS_AT_ONCE, raw=True)
-                values = _parse_rows(some, cursor.description)
-                rows.extend(map(PageViewRow._make, values))
+                chunk, end_of_result = self._connection.get_rows(ROWS_AT_ONCE, raw=True)
+                rows.extend(map(PageViewRow._make, _parse_rows(chunk, description)))
         return rows
 
     def find_customers(self, sql: str, ids: Iterable[int | str]) -> dict[str, Value]:
@@ -214,23 +226,41 @@ class DatabaseConnection:
         `sql` is the query `customers_by_id`. Its ids are passed as text: the server
         converts them to the type of the column, and can still use the index.
         """
-        # A damaged results file can give an id that UTF-8 cannot express. It is in no
-        # table.
         texts = [str(customer_id) for customer_id in ids]
-        wanted = [
-            text for text in texts if text.encode(errors="ignore").decode() == text
-        ]
+        columns = ("id", "email")
         found: dict[str, Value] = {}
-        for start in range(0, len(wanted), IDS_AT_ONCE):
-            some = wanted[start : start + IDS_AT_ONCE]
-            places = ", ".join(["%s"] * len(some))
-            with self._cursor() as cursor:
-                cursor.execute(sql.replace("(@customer_ids)", f"({places})"), some)
+        for start in range(0, len(texts), IDS_AT_ONCE):
+            wanted = set(texts[start : start + IDS_AT_ONCE])
+            # Lone surrogates, from a damaged results file, become "?": UTF-8 has none.
+            values = [text.encode(errors="replace").decode() for text in wanted]
+            placeholders = ", ".join("%s" for _ in values)
+            statement = sql.replace("(@customer_ids)", f"({placeholders})")
+            query = self._query("customers_by_id", statement, columns, values)
+            with query as description:
                 rows, _ = self._connection.get_rows(raw=True)
-                for customer_id, email in _parse_rows(rows, cursor.description):
-                    found[str(customer_id)] = email
-        # In a column of numbers a server also finds 7 where '7x' is asked for.
-        return {key: found[key] for key in wanted if key in found}
+                for customer_id, email in _parse_rows(rows, description):
+                    # For '7x' a server also finds the number 7.
+                    if str(customer_id) in wanted:
+                        found[str(customer_id)] = email
+        return found
+
+    @contextlib.contextmanager
+    def _query(
+        self, name: str, sql: str, columns: tuple[str, ...], values: Sequence[str] = ()
+    ) -> Iterator[Any]:
+        """Run the query `name`, and return the description of its columns.
+
+        In the block the rows are read from the connection, raw: the cursor's conversion
+        is slower than `_parse_rows`.
+        """
+        with self._cursor() as cursor:
+            cursor.execute(sql, values)
+            if cursor.column_names != columns:
+                raise QueryFileError(
+                    f"The query {name} must return {', '.join(columns)}:"
+                    " phase2_queries.sql and db_connection.py must agree"
+                )
+            yield cursor.description
 
     def _read_version(self) -> str:
         """Return the server's product and version. Raises DatabaseError if too old."""
@@ -246,74 +276,59 @@ class DatabaseConnection:
             )
         return f"{product} {version}"
 
-    def _close(self) -> None:
-        # It fails when the server is gone.
-        with contextlib.suppress(*_DRIVER_ERRORS):
-            self._connection.close()
-
     @contextlib.contextmanager
     def _cursor(self, **options: Any) -> Iterator[Any]:
-        with self._errors_explained(), self._connection.cursor(**options) as cursor:
+        with (
+            self._errors_explained(errors.Error, OSError),
+            self._connection.cursor(**options) as cursor,
+        ):
             yield cursor
 
     @contextlib.contextmanager
-    def _errors_explained(self) -> Iterator[None]:
-        """Turn an error of server or driver in this block into a DatabaseError."""
+    def _errors_explained(self, *kinds: type[Exception]) -> Iterator[None]:
+        """Turn an error of these kinds in this block into a DatabaseError."""
         try:
             yield
-        except _DRIVER_ERRORS as error:
+        except kinds as error:
             raise DatabaseError(_explain(error, self._get_phase())) from error
 
     def _get_phase(self) -> _Phase:
         if self._is_logged_in:
             return "query"
-        # The server's version is known from its first packet.
+        # None until the server's first packet has arrived.
         return "connection" if self._connection.server_info is None else "login"
 
 
-def _require_names(query: str, found: Sequence[str], wanted: Sequence[str]) -> None:
-    if found != wanted:
-        names = ", ".join(wanted)
-        raise QueryFileError(
-            f"The query {query} must return {names}:"
-            " phase2_queries.sql and db_connection.py must agree"
-        )
-
-
-# Kinds of columns: several types that mean the same here. Any other type is a kind of
-# its own, under its name in SQL.
+# A kind of column is a group of types that are the same to this program. A type in no
+# group is a kind of its own, called as in SQL.
 
 _WHOLE_NUMBER = "a whole number"
 _TEXT = "text"
-_KINDS = {
-    FieldType.TINY: _WHOLE_NUMBER,
-    FieldType.SHORT: _WHOLE_NUMBER,
-    FieldType.INT24: _WHOLE_NUMBER,
-    FieldType.LONG: _WHOLE_NUMBER,
-    FieldType.LONGLONG: _WHOLE_NUMBER,
-    FieldType.NEWDECIMAL: "DECIMAL",
-    FieldType.VARCHAR: _TEXT,
-    FieldType.VAR_STRING: _TEXT,
-    FieldType.STRING: _TEXT,  # the server says so of ENUM and SET as well
-    FieldType.TINY_BLOB: _TEXT,
-    FieldType.BLOB: _TEXT,
-    FieldType.MEDIUM_BLOB: _TEXT,
-    FieldType.LONG_BLOB: _TEXT,
-}
+# The connector's names of the types. The server calls ENUM and SET a STRING.
+_WHOLE_NUMBER_TYPES = ("TINY", "SHORT", "INT24", "LONG", "LONGLONG")
+_TEXT_TYPES = (
+    "VARCHAR",
+    "VAR_STRING",
+    "STRING",
+    "TINY_BLOB",
+    "BLOB",
+    "MEDIUM_BLOB",
+    "LONG_BLOB",
+)
 _BINARY_CHARACTER_SET = 63  # the number of the "collation" of bytes, on every server
 
-_IDENTIFIER = "a whole number or text"
-_COMPARED_TEXT = "text"
-_READABLE = "text, a number or a date"
-_TIME = "a date with a time (DATETIME or TIMESTAMP)"
+_MUST_BE_ID = "a whole number or text"
+_MUST_BE_TEXT = "text"
+_MUST_BE_READABLE = "text, a number or a date"
+_MUST_BE_TIME = "a date with a time (DATETIME or TIMESTAMP)"
 _USABLE_KINDS = {
-    _IDENTIFIER: (_WHOLE_NUMBER, "DECIMAL", _TEXT),
-    _COMPARED_TEXT: (_TEXT, "JSON"),  # JSON of MySQL; that of MariaDB is text
-    _READABLE: (
+    _MUST_BE_ID: (_WHOLE_NUMBER, "DECIMAL", _TEXT),  # DECIMAL(20) is whole
+    _MUST_BE_TEXT: (_TEXT, "JSON"),  # JSON of MySQL; that of MariaDB is text
+    _MUST_BE_READABLE: (
         _TEXT,
         "JSON",
-        "binary data",
-        "NULL",
+        "binary data",  # is read as UTF-8
+        "NULL",  # in a view, for a column that the table lacks
         _WHOLE_NUMBER,
         "DECIMAL",
         "FLOAT",
@@ -322,19 +337,19 @@ _USABLE_KINDS = {
         "DATETIME",
         "TIMESTAMP",
     ),
-    _TIME: ("DATETIME", "TIMESTAMP"),
+    _MUST_BE_TIME: ("DATETIME", "TIMESTAMP"),
 }
 _REQUIREMENTS = {
-    "customers.id": _IDENTIFIER,
-    "customers.first_name": _READABLE,
-    "customers.email": _READABLE,
-    "customers.plan_type": _COMPARED_TEXT,
-    "page_views.id": _IDENTIFIER,
-    "page_views.user_id": _IDENTIFIER,
-    "page_views.page": _COMPARED_TEXT,
-    "page_views.browser": _READABLE,
-    "page_views.location": _READABLE,
-    "page_views.event_time": _TIME,
+    "customers.id": _MUST_BE_ID,
+    "customers.first_name": _MUST_BE_READABLE,
+    "customers.email": _MUST_BE_READABLE,
+    "customers.plan_type": _MUST_BE_TEXT,
+    "page_views.id": _MUST_BE_ID,
+    "page_views.user_id": _MUST_BE_ID,
+    "page_views.page": _MUST_BE_TEXT,
+    "page_views.browser": _MUST_BE_READABLE,
+    "page_views.location": _MUST_BE_READABLE,
+    "page_views.event_time": _MUST_BE_TIME,
 }
 
 
@@ -344,10 +359,12 @@ def _get_kind(column: Any) -> str:
     `column` is an item of the cursor's description: the name is its first part, the
     type the second, the character set the ninth.
     """
-    kind = _KINDS.get(column[1], str(FieldType.get_info(column[1])))
-    if kind == _TEXT and column[8] == _BINARY_CHARACTER_SET:
-        return "binary data"
-    return kind
+    name = str(FieldType.get_info(column[1]))
+    if name in _WHOLE_NUMBER_TYPES:
+        return _WHOLE_NUMBER
+    if name in _TEXT_TYPES:
+        return "binary data" if column[8] == _BINARY_CHARACTER_SET else _TEXT
+    return name.removeprefix("NEW")  # NEWDECIMAL is DECIMAL
 
 
 def _list_complaints(kinds: dict[str, str]) -> list[str]:
@@ -366,12 +383,11 @@ def _list_complaints(kinds: dict[str, str]) -> list[str]:
     return complaints
 
 
-# Values: the connector gives the bytes that the server sends, because its own
-# conversion takes longer.
+# Values
 
 
 def _parse_rows(rows: Iterable[Any], description: Iterable[Any]) -> Iterator[Any]:
-    """Yield the values of each row."""
+    """Yield the values of each row, if there are rows. They come as bytes or None."""
     # Column by column, because that takes a third of the time.
     columns = map(_parse_column, zip(*rows, strict=True), description)
     return zip(*columns, strict=True)
@@ -384,7 +400,7 @@ def _parse_column(values: Iterable[bytes | None], column: Any) -> list[Value]:
         parse = int
     elif kind == "JSON":
         parse = _parse_json
-    elif column[0] in ("plan_type", "page", "browser", "location"):
+    elif column[0] in _REPEATED:
         parse = _parse_repeated_text
     return [None if value is None else parse(value) for value in values]
 
@@ -394,7 +410,7 @@ def _parse_text(value: bytes) -> str:
 
 
 def _parse_repeated_text(value: bytes) -> str:
-    """Return the same object for equal texts, so that many rows take little memory."""
+    """Return the same object for equal texts."""
     return sys.intern(_parse_text(value))
 
 
@@ -421,26 +437,22 @@ class _Authenticator(MySQLAuthenticator):
         self, sock: Any, handshake: Any, *args: Any, **kwargs: Any
     ) -> bytes:
         """Log in, as the connector does. Raises DatabaseError instead of a leak."""
-        # Nobody can listen at a Unix socket. `password1` is the password.
-        if isinstance(sock, MySQLTCPSocket) and not self.ssl_enabled:
-            sock = _UnencryptedSocket(sock, kwargs["password1"])
+        if not self.ssl_enabled:
+            password = kwargs["password1"]
+            sock.send = _refuse_to_send(password, sock.send)
         return super().authenticate(sock, handshake, *args, **kwargs)
 
 
-class _UnencryptedSocket:
-    """The connector's socket, except that it does not send the password as it is."""
+def _refuse_to_send(password: str, send: Callable[..., None]) -> Callable[..., None]:
+    """Return `send`, except that it does not send the password as it is."""
+    clear_text = password.encode() + b"\0"
 
-    def __init__(self, sock: MySQLTCPSocket, password: str) -> None:
-        self._sock = sock
-        self._clear_text = password.encode() + b"\0"
-
-    def send(self, payload: bytes, *packet_numbers: Any) -> None:
-        if payload == self._clear_text:
+    def guarded_send(payload: bytes, *args: Any) -> None:
+        if payload == clear_text:
             raise DatabaseError(_CLEAR_TEXT_LOGIN)
-        self._sock.send(payload, *packet_numbers)
+        send(payload, *args)
 
-    def recv(self, *timeout: Any) -> bytearray:
-        return self._sock.recv(*timeout)
+    return guarded_send
 
 
 # Advice
@@ -448,17 +460,6 @@ class _UnencryptedSocket:
 # `connection` until the server has introduced itself, `login` until it has accepted the
 # account, `query` afterwards.
 _Phase: TypeAlias = Literal["connection", "login", "query"]
-
-# Besides its own errors the connector lets these through, for a host name that cannot
-# be one, for a server that is not MySQL, and for one that breaks off in mid-answer.
-_DRIVER_ERRORS = (
-    errors.Error,
-    AttributeError,
-    IndexError,
-    OSError,
-    ValueError,
-    struct.error,
-)
 
 
 def _explain(error: Exception, phase: _Phase) -> str:
@@ -482,26 +483,29 @@ def _explain(error: Exception, phase: _Phase) -> str:
 
 def _advise(error: Exception, phase: _Phase) -> str:
     number = getattr(error, "errno", None) or 0
-    if number == 1045 and phase == "query":  # of the account that defined a view
+    # It was not this login that failed, but that of the account that defined a view.
+    if number == 1045 and phase == "query":
         return _BROKEN_VIEW
-    if number in _ADVICE:
-        return _ADVICE[number]
+    for numbers, advice in _ADVICE.items():
+        if number in numbers:
+            return advice
     # From 2000 to 2999 are the numbers of clients:
     # https://dev.mysql.com/doc/mysql-errors/en/error-message-elements.html
     if 1000 <= number < 2000 or number >= 3000:
         return f"The database refused the {phase}"
-    cause = error.__cause__
+    cause = error.__cause__  # of an error that the connector has wrapped
     if isinstance(cause, ssl.SSLCertVerificationError):
         return _CERTIFICATE_ADVICE.get(cause.verify_code, _UNTRUSTED_CERTIFICATE)
-    if phase == "login" and isinstance(cause, (ssl.SSLError, PermissionError)):
+    if phase == "login" and isinstance(cause, _CA_FILE_ERRORS):
         return _TLS_FAILED
     if isinstance(cause, socket.gaierror):
         return "The host name is not known: check DB_HOST, and this computer's DNS"
     # The connector lacks the login method, or a package for it.
-    method_errors = (errors.NotSupportedError, errors.ProgrammingError)
-    if phase == "login" and isinstance(error, method_errors):
+    login_method_errors = (errors.NotSupportedError, errors.ProgrammingError)
+    if phase == "login" and isinstance(error, login_method_errors):
         return _UNKNOWN_METHOD
-    if str(error).endswith(" requires SSL"):  # of a login method
+    # The connector's words when a login method would send the password as it is.
+    if str(error).endswith(" requires SSL"):
         return _CLEAR_TEXT_LOGIN
     return _DRIVER_ADVICE[phase]
 
@@ -523,6 +527,7 @@ _UNKNOWN_METHOD = (
     "DB_USER has a login method that this program cannot use: give the account"
     " mysql_native_password or caching_sha2_password"
 )
+_CA_FILE_ERRORS = (ssl.SSLError, FileNotFoundError, PermissionError)
 _TLS_FAILED = (
     "The encrypted connection failed: check that DB_SSL_CA is a readable file of"
     " certificates in PEM, and the server's TLS versions"
@@ -543,79 +548,62 @@ _CERTIFICATE_ADVICE = {
     64: _OTHER_NAME,  # IP address
 }
 
-_LATER = "The database cannot do it at this time: try again later"
-_LIMIT = (
-    "A limit of the database is reached: try again later, or raise max_connections,"
-    " max_user_connections or the limits of the account"
-)
-_NOT_ALLOWED = (
-    "DB_USER may not read the database, table or column: check DB_NAME, or GRANT SELECT"
-    " on it to the user"
-)
-_MISSING = (
-    "A table or column is missing: check DB_NAME, and compare the tables with"
-    " database_setup.sql"
-)
 _BROKEN_VIEW = (
     "A view is broken, or the account that defined it is gone: create the view again"
 )
-_EXPIRED = "The password of DB_USER has expired: set a new one with ALTER USER"
-_LOCKED = "The account DB_USER is locked: ALTER USER ... ACCOUNT UNLOCK"
-_TIME_LIMIT = (
-    "The database ended the query at its own time limit: look for a missing index, or"
-    " raise max_execution_time of MySQL, or max_statement_time of MariaDB"
-)
 
-# By the number of the error. The words of the server follow in brackets.
+# By the numbers of the errors.
 _ADVICE = {
-    1040: _LIMIT,
-    1203: _LIMIT,
-    1226: _LIMIT,
-    1044: _NOT_ALLOWED,
-    1142: _NOT_ALLOWED,
-    1143: _NOT_ALLOWED,
-    1045: (
+    (1040, 1203, 1226): (
+        "A limit of the database is reached: try again later, or raise max_connections,"
+        " max_user_connections or the limits of the account"
+    ),
+    (1044, 1142, 1143): (
+        "DB_USER may not read the database, table or column: check DB_NAME, or GRANT"
+        " SELECT on it to the user"
+    ),
+    (1045,): (
         "The database refused the login: check DB_USER and DB_PASSWORD, whether the"
         " account is for this computer's address, and whether it REQUIREs TLS or a"
         " certificate"
     ),
-    1049: "There is no such database: check DB_NAME, or load database_setup.sql",
-    1054: _MISSING,
-    1146: _MISSING,
-    1053: _LATER,  # the server is shutting down
-    1205: _LATER,  # waited too long for a lock
-    1317: _LATER,  # the query was cancelled
-    1129: (
+    (1049,): "There is no such database: check DB_NAME, or load database_setup.sql",
+    # It shuts down, a lock lasted too long, or the query was cancelled.
+    (1053, 1205, 1317): "The database cannot do it at this time: try again later",
+    (1054, 1146): (
+        "A table or column is missing: check DB_NAME, and compare the tables with"
+        " database_setup.sql"
+    ),
+    (1129,): (
         "The database has blocked this computer after failed connections: run"
         " mysqladmin flush-hosts"
     ),
-    1130: (
+    (1130,): (
         "The database takes no connection from this computer: CREATE USER for this"
         " computer's address"
     ),
-    1267: (
+    (1267,): (
         "Two columns that are compared have different collations: give"
         " page_views.user_id that of customers.id"
     ),
-    1356: _BROKEN_VIEW,
-    1449: _BROKEN_VIEW,
-    1524: (
+    (1356, 1449): _BROKEN_VIEW,
+    (1524,): (
         "The database has not loaded the login method of DB_USER: give the account"
         " another one with ALTER USER"
     ),
-    1698: (
+    (1698,): (
         "The database refused the login: DB_USER is for an operating system account"
         " only, so create one with a password"
     ),
-    1820: _EXPIRED,
-    1862: _EXPIRED,
-    1969: _TIME_LIMIT,
-    3024: _TIME_LIMIT,
-    3118: _LOCKED,
-    3955: _LOCKED,  # after failed logins
-    4151: _LOCKED,
-    2026: (  # for the connector it has this meaning only
+    (1820, 1862): "The password of DB_USER has expired: set a new one with ALTER USER",
+    (1969, 3024): (
+        "The database ended the query at its own time limit: look for a missing index,"
+        " or raise max_execution_time of MySQL, or max_statement_time of MariaDB"
+    ),
+    (2026,): (  # for the connector it has this meaning only
         "DB_SSL_CA is set, but the database server offers no TLS: set TLS up on the"
         " server"
     ),
+    # 3955 comes after failed logins.
+    (3118, 3955, 4151): "The account DB_USER is locked: ALTER USER ... ACCOUNT UNLOCK",
 }

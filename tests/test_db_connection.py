@@ -191,16 +191,31 @@ def test_many_rows_take_little_memory(reader: dict[str, str]) -> None:
 
 
 def test_a_unix_socket_may_be_the_host(own_server: DatabaseServer) -> None:
-    settings = {
-        "DB_HOST": own_server.socket,
-        "DB_USER": "root",
-        "DB_PASSWORD": "",
-        "DB_NAME": DATABASE,
-    }
+    settings = {**own_server.settings("root", ""), "DB_HOST": own_server.socket}
 
     rows = read_rows(settings)
 
     assert len(rows) == 3
+
+
+def test_a_unix_socket_needs_no_tls(own_server: DatabaseServer) -> None:
+    settings = {**own_server.settings("root", ""), "DB_HOST": own_server.socket}
+
+    rows = read_rows({**settings, "DB_SSL_CA": "/nowhere/ca.pem"})
+
+    assert len(rows) == 3
+
+
+def test_a_fault_of_the_program_is_no_error_of_the_database(
+    reader: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("a fault")
+
+    monkeypatch.setattr(db_connection, "_parse_rows", fail)
+
+    with pytest.raises(ValueError, match="a fault"):
+        read_rows(reader)
 
 
 def test_nothing_of_this_computer_is_sent(
@@ -571,8 +586,13 @@ def test_ids_of_different_collations(own_server: DatabaseServer) -> None:
         "page_views.user_id": "VARCHAR(36) COLLATE utf8mb4_unicode_ci",
     }
 
-    with pytest.raises(DatabaseError, match=r"have different collations: .*1267"):
+    with pytest.raises(DatabaseError) as caught:
         check_columns(own_server, types)
+
+    assert str(caught.value).startswith(
+        "Two columns that are compared have different collations: give"
+        " page_views.user_id that of customers.id (1267 "
+    )
 
 
 @pytest.fixture
@@ -718,6 +738,20 @@ def test_ids_of_text_are_compared_as_text(own_server: DatabaseServer) -> None:
     found = find_customers(settings, [12, 7, "O'Neill%s"])
 
     assert found == {"7": None, "O'Neill%s": "cid@example.com"}
+
+
+@pytest.mark.parametrize("columns", ["email, id", "id, email, plan_type"])
+def test_a_query_for_customers_with_other_columns(
+    reader: dict[str, str], columns: str
+) -> None:
+    sql = CUSTOMERS_BY_ID.replace("    id,\n    email\n", f"    {columns}\n")
+    assert columns in sql
+
+    with (
+        build_connection(reader) as connection,
+        pytest.raises(QueryFileError, match="customers_by_id must return id, email:"),
+    ):
+        connection.find_customers(sql, [2])
 
 
 # The password is never sent as it is

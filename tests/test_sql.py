@@ -174,16 +174,19 @@ def test_the_same_three_qualify_for_days(empty: DatabaseServer, text: str) -> No
         assert rows == list_expected(loaded_on=day)
 
 
+OLD = [8, 11, 15]  # customers whose matching views are not recent
+
+
 @pytest.mark.parametrize(
     ("part", "replacement", "further_customers"),
     [
         ("customers.plan_type = 'pro'", "TRUE", [1, 3, 5, 6, 9, 10, 14]),
-        ("page IN ('pricing', 'settings')", "TRUE", [4, 15]),
+        ("page_views.page IN ('pricing', 'settings')", "TRUE", [4, 15]),
         ("page IN ('pricing', 'settings')", "page = 'pricing'", []),
-        ("event_time >= DATE_SUB(CURDATE(), INTERVAL 7 DAY)", "TRUE", [8, 11, 15]),
+        ("page_views.event_time >= DATE_SUB(CURDATE(), INTERVAL 7 DAY)", "TRUE", OLD),
         ("INTERVAL 7 DAY", "INTERVAL '7 0:0:1' DAY_SECOND", [8]),
-        ("event_time DESC, id DESC", "event_time DESC, id", []),
-        ("event_time DESC, id DESC", "id DESC", []),
+        ("event_time DESC, page_views.id DESC", "event_time DESC, page_views.id", []),
+        ("event_time DESC, page_views.id DESC", "id DESC", []),
         ("recent_views.recency = 1", "TRUE", []),
     ],
 )
@@ -421,6 +424,29 @@ def find_latest_future_view(views: list[Any]) -> datetime | None:
         if page.lower() in ("pricing", "settings") and time > MINUTE_AHEAD:
             ahead.append(time)
     return max(ahead, default=None)
+
+
+@pytest.mark.parametrize("name", ["query_1", "query_2", "query_3"])
+def test_ids_may_differ_in_case_alone(empty: DatabaseServer, name: str) -> None:
+    """In the collation of page_views.user_id they are equal."""
+    statements = [
+        f"CREATE DATABASE {DATABASE} CHARACTER SET utf8mb4",
+        f"USE {DATABASE}",
+        "CREATE TABLE customers (id VARCHAR(9) COLLATE utf8mb4_bin PRIMARY KEY)"
+        " SELECT 'ab' AS id, 'pro' AS plan_type, '' AS first_name, '' AS email"
+        " UNION ALL SELECT 'AB', 'pro', '', ''",
+        "CREATE TABLE page_views (user_id VARCHAR(9) COLLATE utf8mb4_unicode_ci)"
+        " SELECT 1 AS id, 'ab' AS user_id, 'pricing' AS page, '' AS browser,"
+        f" '' AS location, TIMESTAMP '{NOON}' AS event_time"
+        f" UNION ALL SELECT 2, 'AB', 'pricing', '', '', TIMESTAMP '{NOON}'",
+    ]
+    with empty.connect() as connection, connection.cursor() as cursor:
+        for statement in statements:
+            cursor.execute(statement)
+
+    rows = run_query(empty, read_query(QUERIES, name))
+
+    assert [(row[0], row[4]) for row in rows] == [("AB", 2), ("ab", 1)]
 
 
 @settings(max_examples=150, deadline=None)
