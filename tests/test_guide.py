@@ -38,7 +38,7 @@ CODE = [
 ]
 QUERIES = [
     "WITH recent_views AS (",
-    "ORDER BY user_id;",
+    "ORDER BY customers.id;",
     "page, event_time, user_id, browser, location",
 ]
 PRINTED = [
