@@ -885,9 +885,7 @@ class _Connection(HTTPConnection):
             super().send(data[start : start + BLOCK_SIZE])
 
     def has_lapsed(self) -> bool:
-        """Whether it is closed, or the server sent what no call asked for."""
-        if self.is_closed:
-            return True
+        """Whether the server closed it, or sent what no call asked for."""
         try:
             self.sock.settimeout(0)
             self.sock.recv(1)  # takes in the tickets that a TLS server sends by itself
@@ -946,9 +944,12 @@ class Transport:
         round trips: after the turn, they would make calls arrive bunched, and Iterable
         would answer some with 429.
         """
-        self._get_connection()
+        connection: _Connection | None = getattr(self._of_thread, "connection", None)
+        if connection is None or connection.is_closed:
+            connection = self._open_connection()
         wait_for_turn()
-        connection = self._get_connection()  # the first one may have lapsed meanwhile
+        if connection.has_lapsed():
+            connection = self._open_connection()
         sent_at = monotonic()
         try:
             self._send(connection, endpoint, body)
@@ -964,11 +965,8 @@ class Transport:
         retry_after = response.headers.get("Retry-After")
         return HttpAnswer(response.status, text, retry_after, sent_at)
 
-    def _get_connection(self) -> _Connection:
-        """Return the open connection of this thread. Raises NoAnswer."""
-        kept: _Connection | None = getattr(self._of_thread, "connection", None)
-        if kept is not None and not kept.has_lapsed():
-            return kept
+    def _open_connection(self) -> _Connection:
+        """Open a connection, and keep it for this thread. Raises NoAnswer."""
         connection = self._make_connection()
         try:
             connection.connect()
