@@ -98,13 +98,15 @@ def build_redactor(*secrets: str) -> Redactor:
     """Return a function that replaces the secrets in a text by `[secret]`.
 
     It finds them as they are, JSON-escaped and URL-encoded. A secret of fewer than 4
-    characters is not looked for, because ordinary words may contain it.
+    characters is not looked for, because ordinary words may contain it. UTF-8 must be
+    able to express the secrets.
     """
     patterns = []
     # The longest first, because one secret may be the beginning of another.
     for secret in sorted(secrets, key=len, reverse=True):
         if len(secret) >= SHORTEST_SECRET:
-            patterns.append("".join(map(_match_character, secret)))
+            characters = map(_match_character, secret)
+            patterns.append("".join(characters))
     if not patterns:
         return str
     pattern = re.compile("|".join(patterns))
@@ -158,7 +160,8 @@ def setup_logger(
     console.setFormatter(_LineFormatter("%(message)s", redact))
     logging.basicConfig(level=logging.DEBUG, handlers=[console], force=True)
     for package in MUTED_PACKAGES:
-        logging.getLogger(package).setLevel(logging.ERROR)
+        muted = logging.getLogger(package)
+        muted.setLevel(logging.ERROR)
     sys.excepthook = _log_uncaught_exception
     if log_file is not None:
         file = _open_log_file(log_file)
@@ -203,13 +206,14 @@ class _LineFormatter(logging.Formatter):
         self._redact = redact
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's
-        record.message = _escape(self._redact(record.message))
+        text = self._redact(record.message)
+        record.message = _escape(text)
         return super().formatMessage(record)
 
     def formatException(self, exc_info: Any) -> str:  # noqa: N802 - logging's
-        text = self._redact(super().formatException(exc_info))
-        lines = [f"  {_escape(line)}" for line in text.split("\n")]
-        return "\n".join(lines)
+        text = super().formatException(exc_info)
+        lines = self._redact(text).split("\n")
+        return "\n".join(f"  {_escape(line)}" for line in lines)
 
 
 def _escape(text: str) -> str:
@@ -253,8 +257,7 @@ class _Console(logging.StreamHandler):  # type: ignore[type-arg]
         # rest of it at its end, and end with 120.
         with suppress(OSError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            descriptor = self.stream.fileno()
-            os.dup2(nowhere, descriptor)
+            os.dup2(nowhere, self.stream.fileno())
 
 
 class _LogFile(logging.handlers.RotatingFileHandler):
@@ -265,9 +268,8 @@ class _LogFile(logging.handlers.RotatingFileHandler):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, backupCount=OLD_LOGS)
-        self.maxBytes = 0  # it is never rotated
         if path.is_file() and not path.is_symlink():
-            self.maxBytes = LOG_SIZE
+            self.maxBytes = LOG_SIZE  # without it, the log is not rotated
         # If it is so large at the start, an earlier run could not rotate it, and has
         # warned of that.
         self._was_too_large = path.stat().st_size >= LOG_SIZE
@@ -402,13 +404,13 @@ class EarlierRun(NamedTuple):
 def lock_results_folder(path: Path) -> Iterator[ResultsFolder]:
     """Make the folder if it is missing, and hold its lock for the block.
 
-    The lock ends with the process, however that ends. That files can be made there is
-    tried out.
+    The lock ends with the process, however that ends.
 
     Raises:
         FolderInUse: another run holds the lock.
         FolderNotUsable: this account cannot write or lock there.
         ResultsNotWritable: the disk is full or broken.
+        EarlierResultsUnreadable: also for a run that needs no more than its number.
     """
     with _creating_in(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -452,30 +454,7 @@ class ResultsFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._runs: list[EarlierRun] | None = None
-
-    def earlier_runs(self) -> list[EarlierRun]:
-        """Return the heads of all results files, partial ones too, in run order.
-
-        The files are read once. A file of another form is skipped with a warning.
-
-        Raises:
-            EarlierResultsUnreadable
-        """
-        if self._runs is None:
-            # Path.glob finds nothing, without an error, in a folder that this account
-            # may not list.
-            with _reading(self.path):
-                paths = list(self.path.iterdir())
-            runs = []
-            for path in paths:
-                if not RESULTS_NAME.fullmatch(path.name):
-                    continue
-                run = _read_head(path)
-                if run is not None:
-                    runs.append(run)
-            self._runs = sorted(runs)
-        return self._runs
+        self.runs = _read_heads(path)
 
     def read_memory(self, *, iterable: str, identify_by: str) -> Memory:
         """Return what the earlier runs say about their users.
@@ -488,7 +467,7 @@ class ResultsFolder:
             EarlierResultsUnreadable
         """
         memory = Memory()
-        for run in self.earlier_runs():
+        for run in self.runs:
             is_same_project = (
                 run.iterable == iterable and run.identify_by == identify_by
             )
@@ -504,11 +483,10 @@ class ResultsFolder:
         It is named by the start, or by a later second if there is a file of that name.
 
         Raises:
-            EarlierResultsUnreadable: its number would be one more than theirs.
             FolderNotUsable
             ResultsNotWritable
         """
-        numbers = [run.number for run in self.earlier_runs()]
+        numbers = [run.number for run in self.runs]
         whole_head = {
             "number": max(numbers, default=0) + 1,
             "started_at": started.isoformat(timespec="seconds"),
@@ -524,7 +502,8 @@ class ResultsFolder:
     def _remove_orphans(self) -> None:
         """Remove lists of announced users whose results file was deleted."""
         for announced in self.path.glob(".integration_results_*.started"):
-            results = self.path / announced.stem.removeprefix(".")
+            name = announced.stem.removeprefix(".")
+            results = self.path / name
             if not results.exists():
                 announced.unlink()
 
@@ -557,6 +536,25 @@ def _reading(path: Path) -> Iterator[None]:
             " an earlier one sent: let this account read it (chown), or restore it, or"
             " move it out of RESULTS_DIR if it is lost"
         ) from error
+
+
+def _read_heads(folder: Path) -> list[EarlierRun]:
+    """Return the heads of all results files, partial ones too, in run order.
+
+    A file of another form is skipped with a warning. Raises EarlierResultsUnreadable.
+    """
+    with _reading(folder):
+        # Path.glob would find nothing, without an error, in a folder that this account
+        # may not list.
+        paths = list(folder.iterdir())
+    runs = []
+    for path in paths:
+        if not RESULTS_NAME.fullmatch(path.name):
+            continue
+        run = _read_head(path)
+        if run is not None:
+            runs.append(run)
+    return sorted(runs)
 
 
 def _read_head(path: Path) -> EarlierRun | None:
@@ -609,7 +607,8 @@ def _read_run(run: EarlierRun, memory: Memory, *, is_same_project: bool) -> None
             memory.add_result(line)
             if is_same_project:
                 memory.add_update(identity, line)
-            announced.pop((line["user_id"], identity), None)
+            user = (line["user_id"], identity)
+            announced.pop(user, None)
         except MALFORMED:
             if not _is_torn(run.path, text):
                 damaged += 1
@@ -632,7 +631,8 @@ def _read_announced(results: Path) -> dict[AnnouncedUser, None]:
         for text in _read_lines(path):
             with suppress(*MALFORMED):
                 line = json.loads(text)
-                users[line["user_id"], line["identity"]] = None
+                user = (line["user_id"], line["identity"])
+                users[user] = None
     return users
 
 
@@ -669,7 +669,8 @@ class ResultsFile:
     as soon as it is synced.
 
     Raises:
-        OSError: a file cannot be made or written. The results file is gone then.
+        OSError: a file cannot be made.
+        ResultsNotWritable: the head cannot be written. The files are removed.
     """
 
     def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
@@ -680,9 +681,8 @@ class ResultsFile:
         self._separator = ""
         self._failure: ResultsNotWritable | None = None
         try:
-            self._file.write(f'{{\n"run": {to_json(head)},\n"results": [\n')
-            self._file.flush()
-        except OSError:
+            self._write(f'{{\n"run": {to_json(head)},\n"results": [\n')
+        except ResultsNotWritable:
             _remove_file(self._file)
             _remove_file(self._announced)
             raise
@@ -698,7 +698,8 @@ class ResultsFile:
         """
         try:
             for user_id, identity in users:
-                line = to_json({"user_id": user_id, "identity": identity})
+                user = {"user_id": user_id, "identity": identity}
+                line = to_json(user)
                 self._announced.write(f"{line}\n")
             self._announced.flush()
         except OSError as error:
@@ -822,7 +823,8 @@ class Memory:
         elif status == Status.NOT_ATTEMPTED:
             # Other payloads were perhaps sent with a group when the run ended.
             last = self._last.get(user)
-            if last and line["fingerprint"] not in (None, last.fingerprint):
+            fingerprint = line["fingerprint"]
+            if last and fingerprint not in (None, last.fingerprint):
                 del self._last[user]
         else:  # reset or forgotten
             self._last.pop(user, None)

@@ -1447,11 +1447,10 @@ class Checklist:
     def _use_folder(self) -> str:
         path = self.settings.results_dir
         try:
-            with lock_results_folder(path) as folder:
-                folder.earlier_runs()  # raises an error for one that cannot be read
+            with lock_results_folder(path):
+                return str(path)
         except FolderInUse as error:
             return str(error)  # not a failure: it shows that the folder can be locked
-        return str(path)
 
     def _connect(self) -> str:
         connection = make_connection(self.settings)
