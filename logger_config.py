@@ -338,10 +338,7 @@ class Status(str, Enum):
     @property
     def is_failure(self) -> bool:
         """Whether a call failed, or the row cannot be sent."""
-        return self in FAILURES
-
-
-FAILURES = (Status.PARTIAL_FAILURE, Status.TOTAL_FAILURE)
+        return self in (Status.PARTIAL_FAILURE, Status.TOTAL_FAILURE)
 
 
 class CallLine(TypedDict):
@@ -414,8 +411,6 @@ def lock_results_folder(path: Path) -> Iterator[ResultsFolder]:
     """
     with _creating_in(path):
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path) as file:
-            file.write(b"\n")
         lock = open(  # noqa: SIM115 - closed below
             path / LOCK_NAME,
             "r+b",
@@ -425,10 +420,12 @@ def lock_results_folder(path: Path) -> Iterator[ResultsFolder]:
     with lock:
         _take_lock(lock, path)
         now = datetime.now().astimezone()
-        # Without this text, on a full disk, the lock holds all the same.
-        with suppress(OSError):
+        holder = f"process {os.getpid()}, since {now:%F %T %z}"
+        with _creating_in(path):
             lock.truncate()
-            lock.write(f"process {os.getpid()}, since {now:%F %T %z}".encode())
+            lock.write(holder.encode())
+            with tempfile.TemporaryFile(dir=path) as file:
+                file.write(b"\n")
         yield ResultsFolder(path)
 
 
@@ -776,10 +773,10 @@ class UpdatedUser(NamedTuple):
 
 
 class _LastResult(NamedTuple):
-    """What became of a user's last delivery."""
+    """What became of a user in the last run that attempted something."""
 
     fingerprint: str | None
-    failure: list[object] | None  # the problem and the failed calls; None: it succeeded
+    reasons: list[object] | None  # problem and failed calls; None: all was delivered
 
 
 class Memory:
@@ -815,19 +812,16 @@ class Memory:
         ]
 
     def add_result(self, line: UserLine) -> None:
-        """Take in what became of a delivery."""
+        """Take in what became of a user."""
         user = str(line["user_id"])
-        status = line["status"]
-        if status == Status.SUCCESS or status in FAILURES:
+        if line["status"] != Status.NOT_ATTEMPTED:
             self._last[user] = _make_result(line)
-        elif status == Status.NOT_ATTEMPTED:
-            # Other payloads were perhaps sent with a group when the run ended.
-            last = self._last.get(user)
-            fingerprint = line["fingerprint"]
-            if last and fingerprint not in (None, last.fingerprint):
-                del self._last[user]
-        else:  # reset or forgotten
-            self._last.pop(user, None)
+            return
+        # Other payloads may have been sent with a group, to no usable answer.
+        last = self._last.get(user)
+        fingerprint = line["fingerprint"]
+        if last and fingerprint not in (None, last.fingerprint):
+            del self._last[user]
 
     def add_update(self, identity: str, line: UserLine) -> None:
         """Take in whether Iterable has set or reset the field recent_page_view."""
@@ -835,7 +829,7 @@ class Memory:
         if line["status"] in (Status.RESET, Status.FORGOTTEN):
             self._updated.pop(identity, None)
         elif update is not None:
-            # Without an answer it may have been accepted all the same.
+            # Without an answer, to a group or singly, it may have been accepted.
             has_no_answer = update["status"] is None
             if update["ok"] or has_no_answer:
                 self._updated[identity] = line["user_id"]
@@ -849,14 +843,13 @@ class Memory:
 
 
 def _make_result(line: UserLine) -> _LastResult:
-    """Return the result of a delivery that succeeded or failed."""
     fingerprint = line["fingerprint"]
     if line["status"] == Status.SUCCESS:
         return _LastResult(fingerprint, None)
-    failure: list[object] = [line.get("problem")]
+    reasons: list[object] = [line.get("problem")]
     calls = (line["users_update"], line["events_track"])
     for call in calls:
         if call is not None and not call["ok"]:
             reason = {**call, "attempts": None}  # their number is no reason
-            failure.append(reason)
-    return _LastResult(fingerprint, failure)
+            reasons.append(reason)
+    return _LastResult(fingerprint, reasons)
