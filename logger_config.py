@@ -374,8 +374,7 @@ class UserLine(_OptionalKeys):
 # Returns a value as one line of JSON.
 to_json = json.JSONEncoder(ensure_ascii=False).encode
 
-# Returns the value at the beginning of a text and where it ends: the comma after a
-# user's line does no harm.
+# Returns the value at the beginning of a text, and where it ends.
 _decode = json.JSONDecoder().raw_decode
 
 
@@ -407,7 +406,7 @@ def lock_results_folder(path: Path) -> Iterator[ResultsFolder]:
         FolderInUse: another run holds the lock.
         FolderNotUsable: this account cannot write or lock there.
         ResultsNotWritable: the disk is full or broken.
-        EarlierResultsUnreadable: also for a run that needs no more than its number.
+        EarlierResultsUnreadable: the number of this run is one more than theirs.
     """
     with _creating_in(path):
         path.mkdir(parents=True, exist_ok=True)
