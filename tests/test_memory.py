@@ -317,9 +317,8 @@ def test_an_announced_user_on_record_is_what_the_line_says(runs: Runs) -> None:
 
 
 def test_a_damaged_line_puts_nobody_on_record(runs: Runs) -> None:
-    path = runs.write(make_line(1))
-    runs.write(make_line(1), announced=[FIRST], complete=False)
-    path = path.with_name("integration_results_20260113_143046.json.partial")
+    runs.write(make_line(1))
+    path = runs.write(make_line(1), announced=[FIRST], complete=False)
     text = path.read_text("utf-8")
     path.write_text(text.replace('"status"', '"damaged"'), "utf-8")
     assert runs.delivered() == []
