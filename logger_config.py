@@ -1,11 +1,11 @@
 """What a run leaves behind: console, log file, and the folder of the results files.
 
-Every thread may log. Only the main thread uses the results folder and its memory.
+The folder has a lock, and is the memory of --changed-only and --reset-left. Every
+thread may log; only the main thread uses the folder.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import json
@@ -18,11 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, TypedDict
+from typing import IO, Any, NamedTuple, TypedDict
 from urllib.parse import quote, quote_plus
 
 # Each of these is the `extra` of a log call.
@@ -35,7 +36,7 @@ LOG_SIZE = 10_000_000  # bytes, at which the log is rotated
 OLD_LOGS = 5  # files kept
 SYNC_INTERVAL = 1.0  # seconds between two syncs of a results file, while lines arrive
 
-# Their warnings are logged by our modules, with an advice.
+# Silent below ERROR: what they would warn of, our modules log with an advice.
 MUTED_PACKAGES = ("urllib3", "mysql.connector")
 
 # Under systemd these are sockets, which cannot be opened by name.
@@ -65,7 +66,7 @@ MALFORMED = (
     RecursionError,
 )
 
-Redactor = Callable[[str], str]
+Redactor = Callable[[str], str]  # `str` itself redacts nothing
 
 log = logging.getLogger(__name__)
 
@@ -97,17 +98,19 @@ def build_redactor(*secrets: str) -> Redactor:
     """Return a function that replaces the secrets in a text by `[secret]`.
 
     It finds them as they are, JSON-escaped and URL-encoded. A secret of fewer than 4
-    characters is not looked for, because ordinary words may contain it.
+    characters is not looked for, because ordinary words may contain it. UTF-8 must be
+    able to express the secrets.
     """
     patterns = []
     # The longest first, because one secret may be the beginning of another.
     for secret in sorted(secrets, key=len, reverse=True):
         if len(secret) >= SHORTEST_SECRET:
-            characters = [_match_character(character) for character in secret]
+            characters = map(_match_character, secret)
             patterns.append("".join(characters))
     if not patterns:
         return str
-    return partial(re.compile("|".join(patterns)).sub, "[secret]")
+    pattern = re.compile("|".join(patterns))
+    return partial(pattern.sub, "[secret]")
 
 
 def _match_character(character: str) -> str:
@@ -117,16 +120,14 @@ def _match_character(character: str) -> str:
         return character
     forms = [
         encoded,
-        encoded.lower(),
         quote_plus(character),
         json.dumps(character)[1:-1],
         f"\\u{ord(character):04x}",  # some JSON has this for < > & = and others
-        f"\\u{ord(character):04X}",
         "\\" + character,  # some JSON has this for a slash
         character,  # last, because other forms may begin with it
     ]
     alternatives = "|".join(map(re.escape, forms))
-    return f"(?:{alternatives})"
+    return f"(?i:{alternatives})"  # hex digits may be in upper or lower case
 
 
 # Console and log file
@@ -142,8 +143,8 @@ def setup_logger(
     """Configure console and log file for all loggers of the process.
 
     The console is standard output and shows INFO and above, with `quiet` WARNING and
-    above. `level` is that of the log file. Exceptions that nobody catches are logged.
-    A second call replaces what the first one configured.
+    above. `level` is that of the log file. Exceptions that nobody catches in the main
+    thread are logged. A second call replaces what the first one configured.
 
     A log call may pass FILE_ONLY, CONSOLE_ONLY or PROGRESS as its `extra`.
 
@@ -151,14 +152,16 @@ def setup_logger(
         LogNotWritable: the console is configured all the same.
     """
     # Standard output is None if it was closed before the start.
-    console = _Console(sys.stdout or open(os.devnull, "w"))  # noqa: SIM115
+    stream = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    console = _Console(stream)
     console.stream.reconfigure(errors="backslashreplace")
     console.setLevel(logging.WARNING if quiet else logging.INFO)
     console.addFilter(partial(_is_for, "console"))
     console.setFormatter(_LineFormatter("%(message)s", redact))
-    logging.basicConfig(level=console.level, handlers=[console], force=True)
+    logging.basicConfig(level=logging.DEBUG, handlers=[console], force=True)
     for package in MUTED_PACKAGES:
-        logging.getLogger(package).setLevel(logging.ERROR)
+        muted = logging.getLogger(package)
+        muted.setLevel(logging.ERROR)
     sys.excepthook = _log_uncaught_exception
     if log_file is not None:
         file = _open_log_file(log_file)
@@ -166,9 +169,7 @@ def setup_logger(
         file.addFilter(partial(_is_for, "file"))
         layout = "%(asctime)s %(levelname)-7s %(module)s: %(message)s"
         file.setFormatter(_LineFormatter(layout, redact))
-        root = logging.getLogger()
-        root.addHandler(file)
-        root.setLevel(min(console.level, file.level))
+        logging.getLogger().addHandler(file)
 
 
 def _open_log_file(path: Path) -> _LogFile:
@@ -195,7 +196,9 @@ class _LineFormatter(logging.Formatter):
     """Formats a record as one line, without secrets and control characters.
 
     So no text from a row or an answer can forge a line or command a terminal. Only a
-    traceback has several lines.
+    traceback has several lines, which are indented.
+
+    Secrets are replaced before control characters are escaped: they may hold some.
     """
 
     def __init__(self, layout: str, redact: Redactor) -> None:
@@ -203,24 +206,24 @@ class _LineFormatter(logging.Formatter):
         self._redact = redact
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's
-        record.message = self._clean(record.message)
+        text = self._redact(record.message)
+        record.message = _escape(text)
         return super().formatMessage(record)
 
     def formatException(self, exc_info: Any) -> str:  # noqa: N802 - logging's
-        return self._clean(super().formatException(exc_info), kept="\n")
+        text = super().formatException(exc_info)
+        lines = self._redact(text).split("\n")
+        return "\n".join(f"  {_escape(line)}" for line in lines)
 
-    def _clean(self, text: str, kept: str = "") -> str:
-        """Return the text with `[secret]` and escapes; `kept` are not escaped."""
-        # Once its control characters are escaped, a secret would not be found.
-        text = self._redact(text)
-        if text.isprintable():
-            return text
-        return "".join(
-            character
-            if character.isprintable() or character in kept
-            else f"\\x{ord(character):02x}"
-            for character in text
-        )
+
+def _escape(text: str) -> str:
+    """Return the text with escapes for what cannot be printed."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else f"\\x{ord(character):02x}"
+        for character in text
+    )
 
 
 # Python 3.10 has no StreamHandler[...].
@@ -235,7 +238,7 @@ class _Console(logging.StreamHandler):  # type: ignore[type-arg]
         text = super().format(record)
         if "utf" not in self.stream.encoding.lower():
             text = re.sub("[✓✗⚠] ", "", text)
-        self.terminator = "\n"
+        self.terminator = "\n"  # `emit` adds it to what this method returns
         if not self.stream.isatty():
             return text
         if hasattr(record, "is_progress"):
@@ -246,9 +249,13 @@ class _Console(logging.StreamHandler):  # type: ignore[type-arg]
         return ERASE_LINE + text
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)  # a wrong log call, which is reported
+            return
         # From now on all output goes nowhere. Otherwise Python would try to write the
         # rest of it at its end, and end with 120.
-        with contextlib.suppress(OSError, ValueError):
+        with suppress(OSError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
 
@@ -260,33 +267,25 @@ class _LogFile(logging.handlers.RotatingFileHandler):
     """
 
     def __init__(self, path: Path) -> None:
-        is_other = path.is_symlink() or (path.exists() and not path.is_file())
-        size = 0 if is_other else LOG_SIZE  # with 0 it is never rotated
-        super().__init__(path, maxBytes=size, backupCount=OLD_LOGS)
+        super().__init__(path, backupCount=OLD_LOGS)
+        if path.is_file() and not path.is_symlink():
+            self.maxBytes = LOG_SIZE  # without it, the log is not rotated
         # If it is so large at the start, an earlier run could not rotate it, and has
         # warned of that.
         self._was_too_large = path.stat().st_size >= LOG_SIZE
         self._has_failed = False
 
     def _open(self) -> Any:
-        target: int | str = self.baseFilename
-        if target in STANDARD_STREAMS:
-            target = os.dup(STANDARD_STREAMS[target])
-        return open(
-            target,
-            "a",
-            encoding="utf-8",
-            errors="backslashreplace",
-            opener=_open_private,
-        )
+        return _open_text(self.baseFilename, "a")
 
     def doRollover(self) -> None:  # noqa: N802 - logging's
         try:
             super().doRollover()
         except OSError as error:
             self.maxBytes = 0
+            level = logging.INFO if self._was_too_large else logging.WARNING
             log.log(
-                logging.INFO if self._was_too_large else logging.WARNING,
+                level,
                 "The log file %s cannot be rotated (%s), so this one file grows:"
                 " let this account write to its folder",
                 self.baseFilename,
@@ -300,9 +299,25 @@ class _LogFile(logging.handlers.RotatingFileHandler):
             log.error("The log file %s cannot be written: %s", self.baseFilename, error)
 
 
+def _open_text(path: str | Path, mode: str) -> IO[str]:
+    """Open a file in UTF-8. If it is made, it is for its owner alone."""
+    return open(
+        path,
+        mode,
+        encoding="utf-8",
+        # An answer may hold half a surrogate pair, which UTF-8 cannot express: it
+        # becomes JSON's own escape.
+        errors="backslashreplace",
+        opener=_open_private,
+    )
+
+
 def _open_private(path: str, flags: int) -> int:
     """Open a file; make it for its owner alone if it is missing."""
-    return os.open(path, flags | os.O_CREAT, 0o600)
+    if path in STANDARD_STREAMS:
+        return os.dup(STANDARD_STREAMS[path])
+    flags |= os.O_CREAT  # which the mode "r+" does not hold
+    return os.open(path, flags, 0o600)
 
 
 # A user's line in the results file
@@ -331,7 +346,7 @@ class CallLine(TypedDict):
 
     endpoint: str
     ok: bool
-    status: int | None  # None: no answer
+    status: int | None  # of HTTP; None: no answer
     code: str | None
     message: str
     attempts: int
@@ -348,7 +363,7 @@ class UserLine(_OptionalKeys):
 
     record: int  # from 1
     user_id: int | str | None
-    email: int | str | None
+    email: int | str | None  # an address, or what the row has in its place
     event_id: str | None
     status: str  # a Status
     users_update: CallLine | None
@@ -359,8 +374,7 @@ class UserLine(_OptionalKeys):
 # Returns a value as one line of JSON.
 to_json = json.JSONEncoder(ensure_ascii=False).encode
 
-# Returns the value at the beginning of a text and where it ends: the comma after a
-# user's line does no harm.
+# Returns the value at the beginning of a text, and where it ends.
 _decode = json.JSONDecoder().raw_decode
 
 
@@ -381,88 +395,80 @@ class EarlierRun(NamedTuple):
     iterable: str | None  # base URL; not known of the program's first versions
     identify_by: str  # "email" or "userId"
 
-    @property
-    def is_partial(self) -> bool:
-        """Whether the run ended before its file was complete."""
-        return self.path.suffix == ".partial"
 
+@contextmanager
+def lock_results_folder(path: Path) -> Iterator[ResultsFolder]:
+    """Make the folder if it is missing, and hold its lock for the block.
 
-class ResultsFolder:
-    """RESULTS_DIR, which one run at a time may use. It is the memory of the runs.
-
-    A `with` block makes the folder if it is missing, and holds its lock. The lock ends
-    with the process, however that ends.
+    The lock ends with the process, however that ends.
 
     Raises:
         FolderInUse: another run holds the lock.
         FolderNotUsable: this account cannot write or lock there.
         ResultsNotWritable: the disk is full or broken.
+        EarlierResultsUnreadable: the number of this run is one more than theirs.
     """
+    with _creating_in(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = open(  # noqa: SIM115 - closed below
+            path / LOCK_NAME,
+            "r+b",
+            buffering=0,
+            opener=_open_private,
+        )
+    with lock:
+        _take_lock(lock, path)
+        now = datetime.now().astimezone()
+        holder = f"process {os.getpid()}, since {now:%F %T %z}"
+        with _creating_in(path):
+            lock.truncate()
+            lock.write(holder.encode())
+            with tempfile.TemporaryFile(dir=path) as file:
+                file.write(b"\n")
+        yield ResultsFolder(path)
+
+
+def _take_lock(lock: IO[bytes], folder: Path) -> None:
+    """Lock the file. Raises FolderInUse, FolderNotUsable."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the latter on a Windows share
+        holder = "an unknown process"
+        with suppress(OSError):  # such a share may refuse that, too
+            holder = lock.read().decode(errors="replace") or holder
+        raise FolderInUse(f"Another run holds {folder}: {holder}") from None
+    except OSError as error:
+        raise FolderNotUsable(
+            f"RESULTS_DIR {folder} is on a file system that gives no locks"
+            f" ({error.strerror}), and two runs at once would not be noticed:"
+            " set it to a folder on a local disk, or mount this one with locks"
+        ) from error
+
+
+class ResultsFolder:
+    """RESULTS_DIR, the memory of the runs. Get it from `lock_results_folder`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = _hold_lock(path)
-        self._runs: list[EarlierRun] | None = None
+        self.runs = _read_heads(path)
 
-    def __enter__(self) -> ResultsFolder:
-        self._lock.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.__exit__(None, None, None)
-
-    def check_writable(self) -> None:
-        """Raise FolderNotUsable or ResultsNotWritable if no file can be made."""
-        with _creating_in(self.path), tempfile.TemporaryFile(dir=self.path) as file:
-            file.write(b"\n")
-
-    def earlier_runs(self) -> list[EarlierRun]:
-        """Return the heads of all results files, partial ones too, in run order.
-
-        The files are read once. A file of another form is skipped with a warning.
-
-        Raises:
-            EarlierResultsUnreadable
-        """
-        if self._runs is None:
-            # Path.glob finds nothing, without an error, in a folder that this account
-            # may not list.
-            with _reading(self.path):
-                paths = list(self.path.iterdir())
-            heads = [
-                _read_head(path) for path in paths if RESULTS_NAME.fullmatch(path.name)
-            ]
-            self._runs = sorted(head for head in heads if head)
-        return self._runs
-
-    def read_memory(
-        self,
-        *,
-        iterable: str,
-        identify_by: str,
-        for_changes: bool = True,
-        for_resets: bool = True,
-    ) -> Memory:
+    def read_memory(self, *, iterable: str, identify_by: str) -> Memory:
         """Return what the earlier runs say about their users.
 
-        `for_changes` reads deliveries and failures. `for_resets` reads updated users,
-        only from runs with the same `iterable` (base URL) and `identify_by`. With
-        neither, only the heads are read. Dry runs do not count. Damaged lines are
+        `iterable` (base URL) and `identify_by` are those of this run. Only runs with
+        the same ones say who was updated. Dry runs do not count. Damaged lines are
         skipped with a warning.
 
         Raises:
             EarlierResultsUnreadable
         """
         memory = Memory()
-        for run in self.earlier_runs():
-            # Only the same project and identity have users whom this run may reset.
-            can_reset = (
-                for_resets
-                and run.iterable == iterable
-                and run.identify_by == identify_by
+        for run in self.runs:
+            is_same_project = (
+                run.iterable == iterable and run.identify_by == identify_by
             )
-            if run.mode == "send" and (for_changes or can_reset):
-                _read_run(run, memory, for_changes=for_changes, for_resets=can_reset)
+            if run.mode == "send":
+                _read_run(run, memory, is_same_project=is_same_project)
         return memory
 
     def create_results_file(
@@ -473,11 +479,10 @@ class ResultsFolder:
         It is named by the start, or by a later second if there is a file of that name.
 
         Raises:
-            EarlierResultsUnreadable: the number cannot be found.
             FolderNotUsable
             ResultsNotWritable
         """
-        numbers = [run.number for run in self.earlier_runs()]
+        numbers = [run.number for run in self.runs]
         whole_head = {
             "number": max(numbers, default=0) + 1,
             "started_at": started.isoformat(timespec="seconds"),
@@ -485,51 +490,21 @@ class ResultsFolder:
         }
         while any(self.path.glob(f"{started:{NAME_FORMAT}}*")):
             started += timedelta(seconds=1)
-        name = f"{started:{NAME_FORMAT}}.partial"
+        path = self.path / f"{started:{NAME_FORMAT}}.partial"
         with _creating_in(self.path):
-            self._remove_old_lists()
-            return ResultsFile(self.path / name, whole_head)
+            self._remove_orphans()
+            return ResultsFile(path, whole_head)
 
-    def _remove_old_lists(self) -> None:
-        """Remove lists of announced users whose partial results file is gone."""
+    def _remove_orphans(self) -> None:
+        """Remove lists of announced users whose results file was deleted."""
         for announced in self.path.glob(".integration_results_*.started"):
-            results = self.path / announced.stem.removeprefix(".")
+            name = announced.stem.removeprefix(".")
+            results = self.path / name
             if not results.exists():
                 announced.unlink()
 
 
-@contextlib.contextmanager
-def _hold_lock(folder: Path) -> Iterator[None]:
-    """Make the folder if it is missing, and hold its lock."""
-    with _creating_in(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(  # noqa: SIM115 - closed below
-            folder / LOCK_NAME,
-            "r+b",
-            buffering=0,
-            opener=_open_private,
-        )
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # the latter on a Windows share
-            holder = lock.read().decode() or "a process that has just started"
-            raise FolderInUse(f"Another run holds {folder}: {holder}") from None
-        except OSError as error:
-            raise FolderNotUsable(
-                f"RESULTS_DIR {folder} is on a file system that gives no locks"
-                f" ({error.strerror}), and two runs at once would not be noticed:"
-                " set it to a folder on a local disk, or mount this one with locks"
-            ) from error
-        now = datetime.now().astimezone()
-        # On a full disk the lock holds as well, without this text.
-        with contextlib.suppress(OSError):
-            lock.truncate()
-            lock.write(f"process {os.getpid()}, since {now:%F %T %z}".encode())
-        yield
-
-
-@contextlib.contextmanager
+@contextmanager
 def _creating_in(folder: Path) -> Iterator[None]:
     """Raise ResultsNotWritable or FolderNotUsable for an OSError of the block."""
     try:
@@ -546,7 +521,7 @@ def _creating_in(folder: Path) -> Iterator[None]:
 # Earlier results files
 
 
-@contextlib.contextmanager
+@contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Raise EarlierResultsUnreadable for an OSError of the block."""
     try:
@@ -559,6 +534,25 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _read_heads(folder: Path) -> list[EarlierRun]:
+    """Return the heads of all results files, partial ones too, in run order.
+
+    A file of another form is skipped with a warning. Raises EarlierResultsUnreadable.
+    """
+    with _reading(folder):
+        # Path.glob would find nothing, without an error, in a folder that this account
+        # may not list.
+        paths = list(folder.iterdir())
+    runs = []
+    for path in paths:
+        if not RESULTS_NAME.fullmatch(path.name):
+            continue
+        run = _read_head(path)
+        if run is not None:
+            runs.append(run)
+    return sorted(runs)
+
+
 def _read_head(path: Path) -> EarlierRun | None:
     """Return the head of a results file, None if it has none.
 
@@ -567,8 +561,8 @@ def _read_head(path: Path) -> EarlierRun | None:
     with _reading(path), path.open(encoding="utf-8", errors="replace") as lines:
         lines.readline()
         text = lines.readline()
-    if path.suffix == ".partial" and not text.endswith("\n"):
-        return None  # the run was killed before its head was complete
+    if _is_torn(path, text):
+        return None
     try:
         head, _ = _decode(text.removeprefix('"run": '))
         return EarlierRun(
@@ -586,92 +580,99 @@ def _read_head(path: Path) -> EarlierRun | None:
         return None
 
 
-def _read_run(
-    run: EarlierRun,
-    memory: Memory,
-    *,
-    for_changes: bool,
-    for_resets: bool,
-) -> None:
-    """Take the users' lines of a run into the memory.
+def _is_torn(path: Path, text: str) -> bool:
+    """Whether a line is the last one of a killed run, which may be incomplete."""
+    return path.suffix == ".partial" and not text.endswith("\n")
+
+
+def _read_run(run: EarlierRun, memory: Memory, *, is_same_project: bool) -> None:
+    """Read the users' lines of a run into the memory.
 
     Raises:
         EarlierResultsUnreadable
     """
     identity_key = "user_id" if run.identify_by == "userId" else "email"
-    unrecorded = _read_announced(run)
+    announced = _read_announced(run.path)
     damaged = 0
     for text in _read_lines(run.path):
         try:
-            # A comma follows, and after a power failure perhaps the rest of another
-            # line, whose beginning was not saved.
+            # What follows the object is ignored: a comma, or what a power failure left
+            # of another line.
             line, _ = _decode(text)
-            user = UpdatedUser(line["user_id"], str(line[identity_key]))
-            unrecorded.pop(user, None)
-            if for_changes:
-                memory.add_result(line)
-            if for_resets:
-                memory.add_update(user, line)
+            identity = str(line[identity_key])
+            memory.add_result(line)
+            if is_same_project:
+                memory.add_update(identity, line)
+            user = (line["user_id"], identity)
+            announced.pop(user, None)
         except MALFORMED:
-            is_torn_by_kill = run.is_partial and not text.endswith("\n")
-            if not is_torn_by_kill:
+            if not _is_torn(run.path, text):
                 damaged += 1
-    for user in unrecorded:
-        memory.add_unrecorded(user, for_resets=for_resets)
+    for user in announced:  # who have no line, because the run was killed
+        memory.add_announced(user, is_same_project=is_same_project)
     if damaged:
         log.warning(
             "%s is used as memory in part: %d line(s) are damaged", run.path, damaged
         )
 
 
-def _read_announced(run: EarlierRun) -> dict[UpdatedUser, None]:
+def _read_announced(results: Path) -> dict[AnnouncedUser, None]:
     """Return the announced users of a run, in order; none if its file is complete.
 
     A kill may have torn the last line. Nothing was sent for its user by then.
     """
-    users: dict[UpdatedUser, None] = {}
-    path = _announced_path(run.path)
+    users: dict[AnnouncedUser, None] = {}
+    path = _announced_path(results)
     if path.exists():
         for text in _read_lines(path):
-            with contextlib.suppress(*MALFORMED):
+            with suppress(*MALFORMED):
                 line = json.loads(text)
-                user = UpdatedUser(line["user_id"], line["identity"])
+                user = (line["user_id"], line["identity"])
                 users[user] = None
     return users
 
 
-def _announced_path(results: Path) -> Path:
-    """Return the path of the list of announced users beside a partial results file."""
-    return results.with_name(f".{results.name}.started")
-
-
 def _read_lines(path: Path) -> Iterator[str]:
-    """Yield the lines about users. Raises EarlierResultsUnreadable."""
-    with _reading(path), path.open(encoding="utf-8", errors="surrogateescape") as lines:
+    """Yield the lines about users. Raises EarlierResultsUnreadable.
+
+    They begin like no other line. One that a power failure filled with zeros does not.
+    """
+    with _reading(path), path.open(encoding="utf-8", errors="replace") as lines:
         for text in lines:
-            if text.startswith('{"'):  # as no other line does
+            if text.startswith('{"'):
                 yield text
 
 
 # The results file of this run
 
 
+# The user ID, and the identity that is sent: an address or a user ID.
+AnnouncedUser = tuple[int | str | None, str]
+
+
+def _announced_path(results: Path) -> Path:
+    """Return the path of the list of announced users, a hidden file."""
+    return results.with_name(f".{results.name}.started")
+
+
 class ResultsFile:
     """The results of a run, a JSON document that grows line by line.
 
-    It is named `….json.partial` until it is complete. The line of a user who was sent
-    survives the end of the process at once, and a power failure from the next line on
-    that is written a second later.
+    It is named `….json.partial` until it is complete. Beside it, until then, is the
+    list of announced users.
+
+    A line survives the end of the process as soon as it is flushed, and a power failure
+    as soon as it is synced.
 
     Raises:
-        OSError: the file cannot be made.
-        ResultsNotWritable: its first lines cannot be written. No file is left.
+        OSError: a file cannot be made.
+        ResultsNotWritable: the head cannot be written. The files are removed.
     """
 
     def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
         self.path = path
-        self._announced = _create_file(_announced_path(path))
-        self._file = _create_file(path)
+        self._announced = _open_text(_announced_path(path), "x")
+        self._file = _open_text(path, "x")
         self._synced_at = time.monotonic()
         self._separator = ""
         self._failure: ResultsNotWritable | None = None
@@ -682,31 +683,32 @@ class ResultsFile:
             _remove_file(self._announced)
             raise
 
-    def announce(self, users: Iterable[tuple[int | str | None, str]]) -> None:
-        """Note the user ID and identity of users before anything is sent for them.
+    def announce(self, users: Iterable[AnnouncedUser]) -> None:
+        """List these users before anything is sent for them.
 
         If the run is killed before their lines are written, Iterable may have accepted
-        their updates. The memory learns that from this list, a hidden file beside the
-        results. It is removed when they are complete.
+        their updates, and the next run has to know of them.
 
         Raises:
             ResultsNotWritable
         """
         try:
             for user_id, identity in users:
-                line = to_json({"user_id": user_id, "identity": identity})
+                user = {"user_id": user_id, "identity": identity}
+                line = to_json(user)
                 self._announced.write(f"{line}\n")
             self._announced.flush()
         except OSError as error:
             raise _not_writable(self.path, error) from error
 
     def add(self, line: UserLine, *, sent: bool = True) -> None:
-        """Add a user's line. One that was not `sent` may stay in memory for a while.
+        """Add a user's line; flush it if the user was `sent`.
 
         Raises:
             ResultsNotWritable: this time and from now on, so the file has no gap.
         """
-        self._write(self._separator + to_json(line), flush=sent)
+        text = self._separator + to_json(line)
+        self._write(text, flush=sent)
         self._separator = ",\n"
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -723,7 +725,7 @@ class ResultsFile:
         _remove_file(self._announced)
 
     def _write(self, text: str, *, flush: bool = True) -> None:
-        """Add the text to the document; with `flush` it survives this process."""
+        """Add the text to the document. With `flush` it is also synced now and then."""
         if self._failure is not None:
             raise self._failure
         try:
@@ -746,24 +748,10 @@ class ResultsFile:
         self._synced_at = time.monotonic()
 
 
-def _create_file(path: Path) -> TextIO:
-    """Return a new file for its owner alone."""
-    # An answer may hold half a surrogate pair, which UTF-8 cannot express: it becomes
-    # JSON's own escape.
-    return open(
-        path,
-        "x",
-        encoding="utf-8",
-        errors="backslashreplace",
-        opener=_open_private,
-    )
-
-
-def _remove_file(file: TextIO) -> None:
+def _remove_file(file: IO[str]) -> None:
     """Delete the file, and close it, as far as the disk allows that."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError), file:
         os.unlink(file.name)
-        file.close()
 
 
 def _not_writable(path: Path, error: OSError) -> ResultsNotWritable:
@@ -784,26 +772,31 @@ class UpdatedUser(NamedTuple):
 
 
 class _LastResult(NamedTuple):
-    """What is remembered of a user's last delivery."""
+    """What became of a user in the last run that attempted something."""
 
     fingerprint: str | None
-    reasons: list[object] | None  # of the failure; None: it succeeded
+    reasons: list[object] | None  # problem and failed calls; None: all was delivered
 
 
 class Memory:
-    """What the results files say about the users of earlier runs."""
+    """What the results files say about the users of earlier runs.
+
+    The `add` methods are called in the order of the runs.
+    """
 
     def __init__(self) -> None:
-        self._last: dict[str, _LastResult] = {}  # by user ID
-        self._updated: dict[str, UpdatedUser] = {}  # by identity
+        self._last: dict[str, _LastResult] = {}  # by user ID as text
+        self._updated: dict[str, object] = {}  # user IDs, by identity
 
     def has_delivered(self, user_id: int | str | None, fingerprint: str) -> bool:
         """Whether these payloads were delivered, and no others were sent since."""
-        return self._last.get(str(user_id)) == _LastResult(fingerprint, None)
+        last = self._last.get(str(user_id))
+        return last == _LastResult(fingerprint, None)
 
     def knows_failure(self, line: UserLine) -> bool:
         """Whether the user's last failure had the same payloads and reasons."""
-        return self._last.get(str(line["user_id"])) == _find_failure(line)
+        last = self._last.get(str(line["user_id"]))
+        return last == _make_result(line)
 
     def users_left(self, present: Container[str]) -> list[UpdatedUser]:
         """Return who left the segment: updated, not reset since, and not `present`.
@@ -812,46 +805,50 @@ class Memory:
         forgotten, are left out.
         """
         return [
-            user
-            for identity, user in self._updated.items()
-            if identity not in present and isinstance(user.user_id, int | str)
+            UpdatedUser(user_id, identity)
+            for identity, user_id in self._updated.items()
+            if identity not in present and isinstance(user_id, int | str)
         ]
 
     def add_result(self, line: UserLine) -> None:
-        """Take in a user's line. Lines come in the order of the runs."""
+        """Take in what became of a user."""
         user = str(line["user_id"])
-        status = line["status"]
-        fingerprint = line["fingerprint"]
+        if line["status"] != Status.NOT_ATTEMPTED:
+            self._last[user] = _make_result(line)
+            return
+        # Other payloads may have been sent with a group, to no usable answer.
         last = self._last.get(user)
-        if status == Status.SUCCESS:
-            self._last[user] = _LastResult(fingerprint, None)
-        elif status in (Status.PARTIAL_FAILURE, Status.TOTAL_FAILURE):
-            self._last[user] = _find_failure(line)
-        elif status != Status.NOT_ATTEMPTED:
-            self._last.pop(user, None)  # reset or forgotten: sent again who returns
-        elif last and fingerprint not in (None, last.fingerprint):
-            # Other payloads may have been sent with a group when the run ended.
+        fingerprint = line["fingerprint"]
+        if last and fingerprint not in (None, last.fingerprint):
             del self._last[user]
 
-    def add_update(self, user: UpdatedUser, line: UserLine) -> None:
+    def add_update(self, identity: str, line: UserLine) -> None:
         """Take in whether Iterable has set or reset the field recent_page_view."""
         update = line["users_update"]
         if line["status"] in (Status.RESET, Status.FORGOTTEN):
-            self._updated.pop(user.identity, None)
-        elif update is not None and (update["ok"] or update["status"] is None):
-            # Without an answer it may have been accepted all the same.
-            self._updated[user.identity] = user
+            self._updated.pop(identity, None)
+        elif update is not None:
+            # Without an answer, to a group or singly, it may have been accepted.
+            has_no_answer = update["status"] is None
+            if update["ok"] or has_no_answer:
+                self._updated[identity] = line["user_id"]
 
-    def add_unrecorded(self, user: UpdatedUser, *, for_resets: bool) -> None:
+    def add_announced(self, user: AnnouncedUser, *, is_same_project: bool) -> None:
         """Take in a user who was perhaps updated or reset when the run was killed."""
-        self._last.pop(str(user.user_id), None)
-        if for_resets:
-            self._updated[user.identity] = user
+        user_id, identity = user
+        self._last.pop(str(user_id), None)
+        if is_same_project:
+            self._updated[identity] = user_id
 
 
-def _find_failure(line: UserLine) -> _LastResult:
+def _make_result(line: UserLine) -> _LastResult:
+    fingerprint = line["fingerprint"]
+    if line["status"] == Status.SUCCESS:
+        return _LastResult(fingerprint, None)
     reasons: list[object] = [line.get("problem")]
-    for call in (line["users_update"], line["events_track"]):
+    calls = (line["users_update"], line["events_track"])
+    for call in calls:
         if call is not None and not call["ok"]:
-            reasons.append({**call, "attempts": None})  # their number is no reason
-    return _LastResult(line["fingerprint"], reasons)
+            reason = {**call, "attempts": None}  # their number is no reason
+            reasons.append(reason)
+    return _LastResult(fingerprint, reasons)

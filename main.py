@@ -147,11 +147,11 @@ from logger_config import (
     LogNotWritable,
     Memory,
     ResultsFile,
-    ResultsFolder,
     ResultsNotWritable,
     Status,
     UserLine,
     build_redactor,
+    lock_results_folder,
     setup_logger,
     to_json,
 )
@@ -1345,13 +1345,13 @@ def run_integration(
     `stops_in_order` is set before the first user is sent: see `listen_for_signals`.
     Raises KNOWN_ERRORS; nothing was sent then.
     """
-    with ResultsFolder(settings.results_dir) as folder:
-        memory = folder.read_memory(
-            iterable=settings.iterable_api_base_url,
-            identify_by=settings.iterable_identify_by.value,
-            for_changes=options.changed_only,
-            for_resets=options.reset_left,
-        )
+    with lock_results_folder(settings.results_dir) as folder:
+        memory = Memory()
+        if options.changed_only or options.reset_left:
+            memory = folder.read_memory(
+                iterable=settings.iterable_api_base_url,
+                identify_by=settings.iterable_identify_by.value,
+            )
         rows, leavers = read_database(settings, options, memory)
         log.info("[STEP 4] Initializing Iterable API client...")
         client = build_client(settings, control)
@@ -1447,12 +1447,10 @@ class Checklist:
     def _use_folder(self) -> str:
         path = self.settings.results_dir
         try:
-            with ResultsFolder(path) as folder:
-                folder.check_writable()
-                folder.earlier_runs()  # raises an error for one that cannot be read
+            with lock_results_folder(path):
+                return str(path)
         except FolderInUse as error:
             return str(error)  # not a failure: it shows that the folder can be locked
-        return str(path)
 
     def _connect(self) -> str:
         connection = make_connection(self.settings)

@@ -135,7 +135,7 @@ def test_an_uncaught_exception_is_logged(log_file: Path) -> None:
     error = RuntimeError("sudden")
     sys.excepthook(RuntimeError, error, None)
     assert "CRITICAL logger_config: Unexpected error\n" in log_file.read_text("utf-8")
-    assert log_file.read_text("utf-8").endswith("\nRuntimeError: sudden\n")
+    assert log_file.read_text("utf-8").endswith("\n  RuntimeError: sudden\n")
 
 
 # The console
@@ -190,6 +190,15 @@ def test_a_console_that_is_gone_stops_nothing(
     assert read_texts(log_file) == ["line 1", "line 2"]
 
 
+def test_a_wrong_log_call_does_not_silence_the_console(capfd: Captured) -> None:
+    setup_logger()
+    log.info("%d", "text")
+    log.info("next")
+    shown = capfd.readouterr()
+    assert shown.out == "next\n"
+    assert "a real number is required" in shown.err
+
+
 def read_until(descriptor: int, end: str) -> str:
     shown = ""
     while end not in shown:
@@ -234,6 +243,15 @@ def test_no_text_can_forge_a_line_or_command_a_terminal(
     )
     assert capsys.readouterr().out == f"{shown}\n"
     assert read_texts(log_file) == [shown]
+
+
+def test_the_text_of_an_exception_cannot_forge_a_line(log_file: Path) -> None:
+    setup_logger(log_file=log_file)
+    forged = "2026-01-13T14:30:45+0000 INFO    main: forged"
+    error = RuntimeError(f"one\n{forged}")
+    sys.excepthook(RuntimeError, error, None)
+    lines = log_file.read_text("utf-8").split("\n")
+    assert forged not in lines
 
 
 # The log file
@@ -375,9 +393,14 @@ def lower_match(match: re.Match[str]) -> str:
     return match[0].lower()
 
 
+def upper_digits(match: re.Match[str]) -> str:
+    return match[0].upper().replace("U", "u")
+
+
 @hypothesis_settings(deadline=None)
 @given(st.text(st.characters(codec="utf-8"), min_size=4))
 @example('Pa"ss \\w%rd/ü+=&')
+@example("word\N{GRINNING FACE}")
 def test_a_secret_is_redacted_in_every_written_form(secret: str) -> None:
     in_json = [
         json.dumps(secret)[1:-1],
@@ -395,10 +418,12 @@ def test_a_secret_is_redacted_in_every_written_form(secret: str) -> None:
         quote_plus(secret),
     ]
     in_url_lower = [re.sub("%..", lower_match, form) for form in in_url]
+    in_upper_json = [re.sub(r"\\u....", upper_digits, form) for form in in_json]
     redact = build_redactor("another", secret)
     for form in [
         secret,
         *in_json,
+        *in_upper_json,
         *in_php_json,
         *in_html_safe_json,
         *in_url,
@@ -445,5 +470,5 @@ def test_no_secret_is_in_a_message_or_argument(shown: str) -> None:
 
 
 def test_no_secret_or_control_is_in_a_traceback(shown: str) -> None:
-    assert "\nValueError: \\x1b[secret]\n" in shown
-    assert shown.endswith("\nRuntimeError: [secret]\n")
+    assert "\n  ValueError: \\x1b[secret]\n" in shown
+    assert shown.endswith("\n  RuntimeError: [secret]\n")

@@ -445,7 +445,7 @@ def test_memory_that_runs_out_before_the_first_user_is_said(
     ended = run_broken(
         run_main,
         thirty,
-        breaks="logger_config.ResultsFolder.read_memory",
+        breaks="logger_config.lock_results_folder",
         words="",
         error="MemoryError",
     )

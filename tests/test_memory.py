@@ -23,7 +23,13 @@ from lab.results import (
     make_line,
     write_run,
 )
-from logger_config import Memory, ResultsFolder, UpdatedUser, UserLine
+from logger_config import (
+    Memory,
+    ResultsFolder,
+    UpdatedUser,
+    UserLine,
+    lock_results_folder,
+)
 
 Logged = pytest.LogCaptureFixture
 
@@ -46,12 +52,11 @@ class Runs:
         [path] = self.folder.glob(".*.started")
         return path
 
-    def memory(self, *, identify_by: str = "email", **flags: bool) -> Memory:
+    def memory(self, *, identify_by: str = "email") -> Memory:
         """The memory of a run that follows."""
         return ResultsFolder(self.folder).read_memory(
             iterable=ITERABLE,
             identify_by=identify_by,
-            **flags,
         )
 
     def delivered(self, fingerprint: str = "f") -> list[int]:
@@ -274,14 +279,6 @@ def test_a_user_without_an_id_cannot_have_left(runs: Runs) -> None:
     assert runs.left() == []
 
 
-def test_a_memory_for_nothing_reads_heads_only(runs: Runs) -> None:
-    path = runs.write(make_line(1))
-    text = path.read_text("utf-8")
-    path.write_text(text.replace('"status"', '"damaged'), "utf-8")
-    memory = runs.memory(for_changes=False, for_resets=False)
-    assert memory.users_left(()) == []
-
-
 def test_an_old_address_is_a_user_of_its_own(runs: Runs) -> None:
     runs.write(make_line(1, email="old@example.com"))
     runs.write(make_line(1, email="new@example.com"))
@@ -316,6 +313,15 @@ def test_an_announced_user_on_record_is_what_the_line_says(runs: Runs) -> None:
         complete=False,
     )
     assert runs.delivered() == [1]
+    assert runs.left() == [FIRST]
+
+
+def test_a_damaged_line_puts_nobody_on_record(runs: Runs) -> None:
+    runs.write(make_line(1))
+    path = runs.write(make_line(1), announced=[FIRST], complete=False)
+    text = path.read_text("utf-8")
+    path.write_text(text.replace('"status"', '"damaged"'), "utf-8")
+    assert runs.delivered() == []
     assert runs.left() == [FIRST]
 
 
@@ -382,24 +388,6 @@ def test_half_a_surrogate_pair_is_part_of_a_reason(runs: Runs) -> None:
     assert runs.know(line)
 
 
-# A memory of what is asked for
-
-
-def test_a_memory_for_changes_has_no_updates(runs: Runs) -> None:
-    runs.write(make_line(1))
-    memory = runs.memory(for_resets=False)
-    assert memory.has_delivered(1, "f")
-    assert memory.users_left(()) == []
-
-
-def test_a_memory_for_resets_has_no_deliveries(runs: Runs) -> None:
-    runs.write(make_line(1), make_line(2, "total_failure"))
-    memory = runs.memory(for_changes=False)
-    assert not memory.has_delivered(1, "f")
-    assert not memory.knows_failure(make_line(2, "total_failure"))
-    assert memory.users_left(()) == [FIRST]
-
-
 # A kill at any instant
 
 
@@ -416,7 +404,7 @@ class Instant:
 def list_instants(runs: Runs) -> list[Instant]:
     """What is there after each step of a run with two groups of two users."""
     head = {"mode": "send", "iterable": ITERABLE, "identify_by": "email"}
-    with ResultsFolder(runs.folder) as folder:
+    with lock_results_folder(runs.folder) as folder:
         results = folder.create_results_file(head, STARTED)
     sent: list[int] = []
     recorded: list[int] = []

@@ -26,6 +26,7 @@ from logger_config import (
     ResultsFolder,
     ResultsNotWritable,
     Status,
+    lock_results_folder,
 )
 
 Logged = pytest.LogCaptureFixture
@@ -98,12 +99,12 @@ def open_folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def enter(folder: Path) -> None:
-    with ResultsFolder(folder):
+    with lock_results_folder(folder):
         pass
 
 
 def create(folder: Path) -> ResultsFile:
-    with ResultsFolder(folder) as results_folder:
+    with lock_results_folder(folder) as results_folder:
         return results_folder.create_results_file({"mode": "send"}, STARTED)
 
 
@@ -118,7 +119,7 @@ def list_numbers(folder: Path) -> list[int]:
 
 
 def list_runs(folder: Path) -> list[logger_config.EarlierRun]:
-    return ResultsFolder(folder).earlier_runs()
+    return ResultsFolder(folder).runs
 
 
 # The lock
@@ -128,12 +129,12 @@ def test_one_run_at_a_time_uses_a_folder(tmp_path: Path) -> None:
     enter(tmp_path)
     holder = rf"process {os.getpid()}, since [\d-]{{10}} [\d:]{{8}} [+-]\d{{4}}"
     message = f"^Another run holds {tmp_path}: {holder}$"
-    with ResultsFolder(tmp_path), pytest.raises(FolderInUse, match=message):
+    with lock_results_folder(tmp_path), pytest.raises(FolderInUse, match=message):
         enter(tmp_path)
 
 
 def test_another_folder_is_free(tmp_path: Path) -> None:
-    with ResultsFolder(tmp_path / "one"), ResultsFolder(tmp_path / "two"):
+    with lock_results_folder(tmp_path / "one"), lock_results_folder(tmp_path / "two"):
         assert file_modes(tmp_path / "two") == {"-rw-------"}
 
 
@@ -143,7 +144,7 @@ def test_the_lock_ends_with_its_block(tmp_path: Path) -> None:
 
 
 def test_a_refused_run_leaves_the_lock_held(tmp_path: Path) -> None:
-    with ResultsFolder(tmp_path):
+    with lock_results_folder(tmp_path):
         for _ in range(2):
             with pytest.raises(FolderInUse):
                 enter(tmp_path)
@@ -170,6 +171,19 @@ def test_both_errors_of_a_held_lock_are_known(
         enter(tmp_path)
 
 
+def test_a_held_lock_that_cannot_be_read_is_known(
+    tmp_path: Path, fail: Fail, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_unreadable(path: str, flags: int) -> int:
+        return os.open(path, flags & ~os.O_RDWR | os.O_WRONLY | os.O_CREAT)
+
+    fail(fcntl, "flock", errno.EACCES)
+    monkeypatch.setattr(logger_config, "_open_private", open_unreadable)
+    message = f"^Another run holds {tmp_path}: an unknown process$"
+    with pytest.raises(FolderInUse, match=message):
+        enter(tmp_path)
+
+
 # A folder that cannot be used
 
 
@@ -188,21 +202,28 @@ def test_a_folder_of_another_account_is_not_usable(open_folder: Path) -> None:
         enter(open_folder)
 
 
-def test_check_writable_finds_a_folder_without_rights(open_folder: Path) -> None:
+def test_a_lock_without_rights_to_its_folder_is_not_usable(open_folder: Path) -> None:
     lock = open_folder / LOCK_NAME
     lock.touch()
     lock.chmod(0o666)
     open_folder.chmod(0o555)
-    with without_rights(), ResultsFolder(open_folder) as folder:
-        with pytest.raises(FolderNotUsable, match="Permission denied"):
-            folder.check_writable()
-        with pytest.raises(FolderNotUsable, match="Permission denied"):
-            folder.create_results_file({}, STARTED)
+    with (
+        without_rights(),
+        pytest.raises(FolderNotUsable, match="Permission denied"),
+    ):
+        enter(open_folder)
 
 
-def test_check_writable_leaves_nothing(tmp_path: Path) -> None:
-    with ResultsFolder(tmp_path) as folder:
-        folder.check_writable()
+def test_a_folder_that_takes_no_results_file_is_not_usable(
+    tmp_path: Path, fail: Fail
+) -> None:
+    fail(os, "open", errno.EACCES, ".json.partial")
+    with pytest.raises(FolderNotUsable, match="Permission denied"):
+        create(tmp_path)
+
+
+def test_a_lock_leaves_nothing_else(tmp_path: Path) -> None:
+    enter(tmp_path)
     assert os.listdir(tmp_path) == [LOCK_NAME]
 
 
@@ -246,7 +267,7 @@ WHOLE = """\
 
 
 def test_a_results_file_is_one_document(tmp_path: Path) -> None:
-    with ResultsFolder(tmp_path) as folder:
+    with lock_results_folder(tmp_path) as folder:
         results = folder.create_results_file({"mode": "ü"}, STARTED)
     results.add({"record": 1})  # type: ignore[typeddict-item]
     results.add({"name": "half a pair \ud83d"})  # type: ignore[typeddict-item]
@@ -326,7 +347,8 @@ def test_a_list_goes_after_its_results_file(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_full_at_the_start_leaves_no_file(tmp_path: Path) -> None:
-    with file_size_limit(10), pytest.raises(ResultsNotWritable, match="File too large"):
+    # Enough for the lock, and not for the head of the results.
+    with file_size_limit(60), pytest.raises(ResultsNotWritable, match="File too large"):
         create(tmp_path)
     assert os.listdir(tmp_path) == [LOCK_NAME]
 
@@ -411,7 +433,6 @@ def test_a_head_says_what_a_run_was(tmp_path: Path) -> None:
     )
     path = write_head(tmp_path, "a.json.partial", head)
     [run] = list_runs(tmp_path)
-    assert run.is_partial
     assert run == (7, 1.0, path, "send", "https://eu", "userId")
 
 
@@ -419,7 +440,6 @@ def test_a_head_of_the_first_versions_is_known(tmp_path: Path) -> None:
     head = '"run": {"started_at": "1970-01-01T00:00:01+00:00", "mode": "dry-run"},'
     path = write_head(tmp_path, "a.json", head)
     [run] = list_runs(tmp_path)
-    assert not run.is_partial
     assert run == (0, 1.0, path, "dry-run", None, "email")
 
 
@@ -458,7 +478,7 @@ def test_a_file_of_another_form_is_skipped_with_a_warning(
 
 def test_a_folder_is_read_and_warned_of_once(tmp_path: Path, caplog: Logged) -> None:
     write_head(tmp_path, "a.json", "")
-    with ResultsFolder(tmp_path) as folder:
+    with lock_results_folder(tmp_path) as folder:
         folder.read_memory(iterable="", identify_by="email")
         folder.create_results_file({}, STARTED)
     assert len(caplog.messages) == 1
@@ -506,16 +526,13 @@ def test_a_broken_disk_is_an_error(tmp_path: Path) -> None:
     path.symlink_to(BROKEN)
     message = rf"^{path} cannot be read \(Input/output error\)"
     with pytest.raises(EarlierResultsUnreadable, match=message):
-        create(tmp_path)
-    with pytest.raises(EarlierResultsUnreadable, match=message):
-        ResultsFolder(tmp_path).read_memory(iterable="", identify_by="email")
+        enter(tmp_path)
 
 
 @pytest.mark.parametrize("name", [FIRST_PARTIAL, FIRST_LIST])
 def test_a_disk_that_breaks_later_is_an_error(tmp_path: Path, name: str) -> None:
     write_run(tmp_path, complete=False)
     folder = ResultsFolder(tmp_path)
-    folder.earlier_runs()
     path = tmp_path / name
     path.unlink()
     path.symlink_to(BROKEN)

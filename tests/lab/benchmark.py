@@ -29,7 +29,7 @@ from db_connection import read_query
 from lab import database, process
 from lab.far_network import FarNetwork
 from lab.standin_handle import EVENTS_TRACK, USERS_UPDATE, StandIn
-from logger_config import CallLine, ResultsFolder, Status, UserLine
+from logger_config import CallLine, Status, UserLine, lock_results_folder
 
 LIMIT = 500  # users a second, singly
 BULK_LIMIT = 5000  # users a second, in bulk
@@ -347,7 +347,7 @@ def memory(_: database.DatabaseServer) -> None:
         for first in range(0, users, 100_000):
             write_results_file(Path(folder), range(first, first + 100_000))
         started = time.monotonic()
-        with ResultsFolder(Path(folder)) as results:
+        with lock_results_folder(Path(folder)) as results:
             known = results.read_memory(iterable=URL, identify_by="email")
         seconds = time.monotonic() - started
     assert known.has_delivered(users - 1, build_fingerprint(users - 1))
@@ -357,7 +357,7 @@ def memory(_: database.DatabaseServer) -> None:
 def write_results_file(path: Path, users: range) -> None:
     """Write what a run leaves that has delivered these users."""
     run = {"mode": "send", "iterable": URL, "identify_by": "email"}
-    with ResultsFolder(path) as folder:
+    with lock_results_folder(path) as folder:
         results = folder.create_results_file(run, datetime.now(timezone.utc))
         for user in users:
             results.add(build_line(user), sent=False)

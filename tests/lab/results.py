@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
 
-from logger_config import CallLine, ResultsFolder, UserLine
+from logger_config import CallLine, UserLine, lock_results_folder
 
 STARTED = datetime(2026, 1, 13, 14, 30, 45, 999_999, tzinfo=timezone.utc)
 FIRST_NAME = "integration_results_20260113_143045.json"
@@ -72,7 +72,7 @@ def write_run(
 ) -> Path:
     """Write the results file of one more run. One that is not `complete` was killed."""
     run = {"mode": "send", "iterable": ITERABLE, "identify_by": "email", **head}
-    with ResultsFolder(folder) as results_folder:
+    with lock_results_folder(folder) as results_folder:
         results = results_folder.create_results_file(run, STARTED)
     results.announce(announced)
     for line in lines:

@@ -16,7 +16,7 @@ import iterable_client
 from db_connection import PageViewRow
 from lab.clients import ROW, script_client
 from lab.expected import COUNTED_AS, address
-from logger_config import Memory, ResultsFolder
+from logger_config import Memory, lock_results_folder
 from main import (
     DeliveryPlanner,
     DeliveryRun,
@@ -104,7 +104,7 @@ def run_deliveries(
     document = {}
     with (
         tempfile.TemporaryDirectory() as path,
-        ResultsFolder(Path(path)) as folder,
+        lock_results_folder(Path(path)) as folder,
         mock.patch.object(iterable_client, "MAX_GROUP_USERS", max_group),
     ):
         results = folder.create_results_file({}, datetime.now(timezone.utc))
