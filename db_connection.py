@@ -36,13 +36,13 @@ _OPTIONS = {
     "autocommit": True,
     # When a query is left before its last row, the other rows are dropped.
     "consume_results": True,
-    # The minus switches off a description of this computer for the server. To make it
-    # the connector starts lsb_release, and with a long host name connecting fails.
+    # The minus: do not describe this computer to the server. For that the connector
+    # starts lsb_release, and its packet is not valid if the host name is long.
     "client_flags": [-ClientFlag.CONNECT_ARGS],
 }
 
-# The connector's errors, and what else it lets through while it connects: for a host
-# name that cannot be one, and for answers of a server that is not MySQL.
+# The connector's errors, and those that it lets through while it connects, if the host
+# name is malformed, or if something that is not MySQL answers.
 _CONNECT_ERRORS = (
     errors.Error,
     OSError,
@@ -56,8 +56,8 @@ _CONNECT_ERRORS = (
 _OLDEST_VERSIONS = {"MySQL": (8, 0), "MariaDB": (10, 2)}
 
 # Undoes what the configuration of a server or its init_connect may have set, where it
-# would change the rows or make the run fail. Only MariaDB executes the text in /*M! */:
-# of a table that keeps old rows it reads the current ones.
+# would change the rows or make the run fail. Only MariaDB 10.3.3 and later executes what
+# is in /*M!100303 */: of a table that keeps old rows, the current ones are read.
 _SESSION = (
     """
     SET SESSION
@@ -67,7 +67,7 @@ _SESSION = (
         sql_big_selects = 1,                     -- joins of any size
         max_sort_length = 1024,                  -- bytes of a text that are sorted by
         wait_timeout = 28800,                    -- seconds from a query to the next
-        timestamp = DEFAULT  -- CURDATE() is today; secure_timestamp allows DEFAULT
+        timestamp = DEFAULT                      -- CURDATE() is today
         /*M!100303 , system_versioning_asof = DEFAULT */
     """,
     # A lower level could read what another transaction has not committed.
@@ -88,9 +88,9 @@ class QueryFileError(Exception):
 class PageViewRow(NamedTuple):
     """A row of Query 2: a customer with the latest page view.
 
-    Values of the INT types are int, NULL and JSON's null are None, a JSON string is its
-    content, and anything else is the text that the server sends. Lone surrogates stand
-    for bytes not in UTF-8.
+    INT types are int; NULL and JSON's null are None; a JSON string is its content;
+    anything else is the text that the server sends. Lone surrogates stand for bytes not
+    in UTF-8.
     """
 
     user_id: int | str
@@ -134,8 +134,9 @@ class DatabaseConnection:
     socket when it begins with `/`. With `ssl_ca` the certificate and the name of the
     server are verified, except on a Unix socket, which needs no TLS.
 
-    Entering the block and calling a method can raise DatabaseError. The methods for one
-    query of the file raise QueryFileError when it returns other columns than they read.
+    Entering the block and calling a method can raise DatabaseError. All methods except
+    execute_query belong to one query of phase2_queries.sql, and raise QueryFileError if
+    that returns other columns.
     """
 
     version: str  # such as "MySQL 9.7.0" or "MariaDB 10.11.6"
@@ -164,7 +165,7 @@ class DatabaseConnection:
             self._config.update(unix_socket=host)
         else:
             self._config.update(host=host, port=port)
-            # So that no password is sent unencrypted, for which there is no option.
+            # It sends no password unencrypted. The connector has no option for this.
             self._connection._authenticator = _Authenticator()
             if ssl_ca:
                 self._config.update(
@@ -178,9 +179,9 @@ class DatabaseConnection:
                 self._is_logged_in = True
                 # The server's init_connect may have chosen another database.
                 self._connection.cmd_init_db(self._config["database"])
-                self.version = self._read_version()
-                for statement in _SESSION:
-                    self.execute_query(statement)
+            self.version = self._read_version()
+            for statement in _SESSION:
+                self.execute_query(statement)
         except BaseException:
             self._connection.close()
             raise
@@ -231,7 +232,8 @@ class DatabaseConnection:
         found: dict[str, Value] = {}
         for start in range(0, len(texts), IDS_AT_ONCE):
             wanted = set(texts[start : start + IDS_AT_ONCE])
-            # Lone surrogates, from a damaged results file, become "?": UTF-8 has none.
+            # An id of a damaged results file may hold lone surrogates, which cannot be
+            # encoded.
             values = [text.encode(errors="replace").decode() for text in wanted]
             placeholders = ", ".join("%s" for _ in values)
             statement = sql.replace("(@customer_ids)", f"({placeholders})")
@@ -315,16 +317,28 @@ _TEXT_TYPES = (
     "MEDIUM_BLOB",
     "LONG_BLOB",
 )
-_BINARY_CHARACTER_SET = 63  # the number of the "collation" of bytes, on every server
+_BINARY_COLLATION = 63  # of all types that hold bytes, on every server
 
-_MUST_BE_ID = "a whole number or text"
-_MUST_BE_TEXT = "text"
-_MUST_BE_READABLE = "text, a number or a date"
-_MUST_BE_TIME = "a date with a time (DATETIME or TIMESTAMP)"
-_USABLE_KINDS = {
-    _MUST_BE_ID: (_WHOLE_NUMBER, "DECIMAL", _TEXT),  # DECIMAL(20) is whole
-    _MUST_BE_TEXT: (_TEXT, "JSON"),  # JSON of MySQL; that of MariaDB is text
-    _MUST_BE_READABLE: (
+
+class _Requirement(NamedTuple):
+    """What a column must be, in words, and the kinds that are."""
+
+    words: str
+    kinds: tuple[str, ...]
+
+
+_ID = _Requirement(
+    "a whole number or text",
+    (_WHOLE_NUMBER, _TEXT, "DECIMAL"),  # as for DECIMAL(20), which has no fraction
+)
+_COMPARED = _Requirement("text", (_TEXT, "JSON"))  # with pro, pricing and settings
+_TIME = _Requirement(
+    "a date with a time (DATETIME or TIMESTAMP)",
+    ("DATETIME", "TIMESTAMP"),
+)
+_READABLE = _Requirement(
+    "text, a number or a date",
+    (
         _TEXT,
         "JSON",
         "binary data",  # is read as UTF-8
@@ -337,19 +351,18 @@ _USABLE_KINDS = {
         "DATETIME",
         "TIMESTAMP",
     ),
-    _MUST_BE_TIME: ("DATETIME", "TIMESTAMP"),
-}
+)
 _REQUIREMENTS = {
-    "customers.id": _MUST_BE_ID,
-    "customers.first_name": _MUST_BE_READABLE,
-    "customers.email": _MUST_BE_READABLE,
-    "customers.plan_type": _MUST_BE_TEXT,
-    "page_views.id": _MUST_BE_ID,
-    "page_views.user_id": _MUST_BE_ID,
-    "page_views.page": _MUST_BE_TEXT,
-    "page_views.browser": _MUST_BE_READABLE,
-    "page_views.location": _MUST_BE_READABLE,
-    "page_views.event_time": _MUST_BE_TIME,
+    "customers.id": _ID,
+    "customers.first_name": _READABLE,
+    "customers.email": _READABLE,
+    "customers.plan_type": _COMPARED,
+    "page_views.id": _ID,
+    "page_views.user_id": _ID,
+    "page_views.page": _COMPARED,
+    "page_views.browser": _READABLE,
+    "page_views.location": _READABLE,
+    "page_views.event_time": _TIME,
 }
 
 
@@ -357,22 +370,23 @@ def _get_kind(column: Any) -> str:
     """Return the kind of a column.
 
     `column` is an item of the cursor's description: the name is its first part, the
-    type the second, the character set the ninth.
+    type the second, the collation the ninth.
     """
     name = str(FieldType.get_info(column[1]))
     if name in _WHOLE_NUMBER_TYPES:
         return _WHOLE_NUMBER
     if name in _TEXT_TYPES:
-        return "binary data" if column[8] == _BINARY_CHARACTER_SET else _TEXT
+        return "binary data" if column[8] == _BINARY_COLLATION else _TEXT
     return name.removeprefix("NEW")  # NEWDECIMAL is DECIMAL
 
 
 def _list_complaints(kinds: dict[str, str]) -> list[str]:
     """Return a sentence for each column that cannot be used."""
     complaints = []
-    for column, requirement in _REQUIREMENTS.items():
-        if kinds[column] not in _USABLE_KINDS[requirement]:
-            complaints.append(f"{column} is {kinds[column]} and must be {requirement}")
+    for column, (words, usable_kinds) in _REQUIREMENTS.items():
+        kind = kinds[column]
+        if kind not in usable_kinds:
+            complaints.append(f"{column} is {kind} and must be {words}")
     user_id = kinds["page_views.user_id"]
     customer_id = kinds["customers.id"]
     if _TEXT in (user_id, customer_id) and user_id != customer_id:
@@ -387,7 +401,7 @@ def _list_complaints(kinds: dict[str, str]) -> list[str]:
 
 
 def _parse_rows(rows: Iterable[Any], description: Iterable[Any]) -> Iterator[Any]:
-    """Yield the values of each row, if there are rows. They come as bytes or None."""
+    """Yield the rows with their values parsed. They come as bytes or None."""
     # Column by column, because that takes a third of the time.
     columns = map(_parse_column, zip(*rows, strict=True), description)
     return zip(*columns, strict=True)
@@ -438,7 +452,7 @@ class _Authenticator(MySQLAuthenticator):
     ) -> bytes:
         """Log in, as the connector does. Raises DatabaseError instead of a leak."""
         if not self.ssl_enabled:
-            password = kwargs["password1"]
+            password = kwargs["password1"]  # of three factors, the one that is set
             sock.send = _refuse_to_send(password, sock.send)
         return super().authenticate(sock, handshake, *args, **kwargs)
 
@@ -483,20 +497,20 @@ def _explain(error: Exception, phase: _Phase) -> str:
 
 def _advise(error: Exception, phase: _Phase) -> str:
     number = getattr(error, "errno", None) or 0
-    # It was not this login that failed, but that of the account that defined a view.
+    # After the login, 1045 is about the account that defined a view.
     if number == 1045 and phase == "query":
         return _BROKEN_VIEW
     for numbers, advice in _ADVICE.items():
         if number in numbers:
             return advice
-    # From 2000 to 2999 are the numbers of clients:
+    # A number of the server. From 2000 to 2999 are those of clients:
     # https://dev.mysql.com/doc/mysql-errors/en/error-message-elements.html
     if 1000 <= number < 2000 or number >= 3000:
         return f"The database refused the {phase}"
-    cause = error.__cause__  # of an error that the connector has wrapped
+    cause = error.__cause__  # which the connector has wrapped in its own error
     if isinstance(cause, ssl.SSLCertVerificationError):
         return _CERTIFICATE_ADVICE.get(cause.verify_code, _UNTRUSTED_CERTIFICATE)
-    if phase == "login" and isinstance(cause, _CA_FILE_ERRORS):
+    if phase == "login" and isinstance(cause, _TLS_ERRORS):
         return _TLS_FAILED
     if isinstance(cause, socket.gaierror):
         return "The host name is not known: check DB_HOST, and this computer's DNS"
@@ -527,7 +541,8 @@ _UNKNOWN_METHOD = (
     "DB_USER has a login method that this program cannot use: give the account"
     " mysql_native_password or caching_sha2_password"
 )
-_CA_FILE_ERRORS = (ssl.SSLError, FileNotFoundError, PermissionError)
+# The last two are of the CA file. Before the login they would be of a Unix socket.
+_TLS_ERRORS = (ssl.SSLError, FileNotFoundError, PermissionError)
 _TLS_FAILED = (
     "The encrypted connection failed: check that DB_SSL_CA is a readable file of"
     " certificates in PEM, and the server's TLS versions"

@@ -1,6 +1,6 @@
--- Every pro customer who looked at the pricing or settings page in the last 7 days, with the latest such view.
--- Three ways to ask, which give the same rows on any data with unique ids, and three small queries that main.py needs
--- besides. It takes their text from here, by name, and runs query_2 and the small ones.
+-- Every pro customer who looked at the pricing or settings page in the last 7 days (since midnight UTC), with the latest
+-- such view. Three ways to ask, which give the same rows on any data with unique ids. main.py runs query_2, and the small
+-- queries below it, which it finds here by name; query_1 and query_3 are there to compare.
 --
 --     mysql -u root -p -t < phase2_queries.sql
 --
@@ -47,9 +47,9 @@ WHERE ranked.recency = 1
 ORDER BY ranked.user_id;
 
 -- name: query_2
--- The same numbering in a common table expression, so that it reads from top to bottom: first the recent views,
--- from an index alone, then the customers of the latest ones, because numbering takes less time with few columns.
--- This is the one that main.py runs.
+-- The same numbering in a common table expression, so that it reads from top to bottom: first the recent views with the
+-- ids of their customers, then the customers' other columns, for the latest view only. Indexes are enough for the first
+-- part, and numbering takes less time with few columns. This is the one that main.py runs.
 -- A STRAIGHT_JOIN is an INNER JOIN in this order. Left the choice, MariaDB may go through the customers and look up
 -- the views of each, which takes many times as long.
 WITH recent_views AS (
@@ -60,8 +60,8 @@ WITH recent_views AS (
         page_views.browser,
         page_views.location,
         page_views.event_time,
-        -- Not by page_views.user_id: if its collation ignores case, 'ab' and 'AB' would be one customer. The higher id
-        -- comes first where two views are at the same second.
+        -- customers.id, because the collation of page_views.user_id may ignore case where that of customers.id does
+        -- not: 'ab' and 'AB' would be one customer. Of two views at the same second, the one with the higher id counts.
         ROW_NUMBER() OVER (
             PARTITION BY customers.id
             ORDER BY page_views.event_time DESC, page_views.id DESC
@@ -153,8 +153,8 @@ INNER JOIN customers ON customers.id = page_views.user_id
 WHERE FALSE;
 
 -- name: customers_by_id
--- Which of some customers are still there, and their addresses. main.py puts a thousand ids at a time in the place
--- of the variable, which is set by hand to look up a single one: SET @customer_ids = 2
+-- Which of some customers are still there, and their addresses. main.py puts a list of up to 1000 ids in the place of
+-- the variable. By hand, look up one: SET @customer_ids = 2
 SELECT
     id,
     email
