@@ -56,8 +56,8 @@ _CONNECT_ERRORS = (
 _OLDEST_VERSIONS = {"MySQL": (8, 0), "MariaDB": (10, 2)}
 
 # Undoes what the configuration of a server or its init_connect may have set, where it
-# would change the rows or make the run fail. Only MariaDB 10.3.3 and later executes what
-# is in /*M!100303 */: of a table that keeps old rows, the current ones are read.
+# would change the rows or make the run fail. MariaDB 10.3.3 and later, and no other,
+# executes what is in /*M!100303 */: a table that keeps old rows gives the current ones.
 _SESSION = (
     """
     SET SESSION

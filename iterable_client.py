@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import Enum
 from functools import partial
+from ipaddress import ip_address
 from time import monotonic
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -45,7 +46,7 @@ from urllib3.connection import (
     ProxyConfig,
     port_by_scheme,
 )
-from urllib3.util import Url, parse_url
+from urllib3.util import parse_url
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Endpoint:
     limit: int  # calls a second that Iterable allows a project
     method: str = "POST"
     items_key: str = ""  # of the list in the body of a bulk call
-    starts_user: bool = False  # the first call of a user: none once the run is ending
+    starts_user: bool = False  # a user's first call: the end of a run lets none start
 
 
 USERS_UPDATE = Endpoint("users/update", limit=500, starts_user=True)
@@ -230,6 +231,7 @@ def _check_text(column: str, text: str) -> str:
 
 # What an answer means
 
+NAMED_AS_FAILED = "the answer to the group names the user as failed"
 MAX_KEPT_TEXT = 500  # characters of an answer that log and results file keep
 RETRYABLE_STATUSES = {408, 429, 500, 502, 503, 504}
 DISALLOWED = "is disallowed from tracking"  # stands in the `msg` of a 200
@@ -314,7 +316,7 @@ class CallResult:
 
     @property
     def is_usable(self) -> bool:
-        """Whether Iterable itself gave a final answer about the user."""
+        """Whether Iterable gave a final answer about the user. A code is enough."""
         has_answer = self.code is not None and not self.is_retryable
         return self.ok or (has_answer and not self.is_provisional)
 
@@ -330,7 +332,7 @@ def interpret(
     text: str,
     identity: Identity | None = None,
 ) -> CallResult:
-    """Return what an answer means. The reason does not name the `identity`.
+    """Return what an answer means. The reason does not name the user, if there is one.
 
     A call is accepted by a 2xx with the code Success, if `msg` does not say that
     tracking is disallowed.
@@ -342,11 +344,12 @@ def interpret(
     result = CallResult(endpoint.path, ok, status, code or None, message)
     if ok:
         return result
+    words = message
     if identity is not None:
-        message = _hide(identity, message)
+        words = _hide(identity, message)
     return replace(
         result,
-        reason=_explain_refusal(status, answer, message),
+        reason=_explain_refusal(status, answer, words),
         body=_unescape(text, answer),
         # Iterable has answered type clashes with a 500.
         is_retryable=status in RETRYABLE_STATUSES and code != TYPE_CLASH,
@@ -400,16 +403,16 @@ def interpret_fields(status: int, text: str) -> CallResult:
     if status // 100 == 2 and isinstance(fields, dict):
         return CallResult(endpoint.path, ok=True, status=status, fields=fields)
     result = interpret(endpoint, status, text)
-    # It may be a success, but for users/getFields it is none.
+    # Without fields even a success is none.
     return replace(result, ok=False, reason=result.reason or NOT_ITERABLE)
 
 
 def _find_named_users(answer: dict[str, Any], identify_by: IdentifyBy) -> set[str]:
     """Return the users whom the lists of a bulk answer name.
 
-    The lists "conflict..." do not name the user who was refused because of a conflict,
-    but the other one, who may be in this group, too. Without them the counts disagree,
-    and the whole group is sent singly.
+    The lists "conflict..." are left out: they do not name the user who was refused, but
+    the other one, who may be in this group and accepted. So after a conflict the counts
+    disagree, and the whole group is sent singly.
     """
     named: set[str] = set()
     failed_updates = _as_object(answer.get("failedUpdates"))
@@ -463,7 +466,7 @@ def _hide(identity: Identity, text: str) -> str:
 
 
 def _is_key_refused(status: int, answer: dict[str, Any]) -> bool:
-    """Whether Iterable refuses the key, and not a firewall the request.
+    """Whether this is Iterable refusing the key. A firewall answers 401 and 403, too.
 
     Iterable's own JSON has a code, and a `msg` that may be empty.
     """
@@ -561,7 +564,7 @@ class RunControl:
             return self._error
 
     def get_stop(self, endpoint: Endpoint) -> threading.Event:
-        """Return which of the two forbids a call of this endpoint, once it is set."""
+        """Return which of `no_new_users` and `nothing_more` forbids a call when set."""
         return self.no_new_users if endpoint.starts_user else self.nothing_more
 
 
@@ -626,14 +629,12 @@ class RateLimiter:
     # By this share the rate stays below the limit: Iterable counts arrivals, and some
     # calls take longer than others to arrive.
     MARGIN = 0.02
-    SLOW_MARGIN = (
-        0.05  # at 10 calls a second or fewer, where one too early matters more
-    )
+    # The same at 10 calls a second or fewer, where one too early matters more.
+    SLOW_MARGIN = 0.05
     SLACK = 0.005  # seconds that a thread which woke up late may make up for
     PAUSE = 0.25  # seconds after a 429 that does not ask for any
     FALL = 0.7  # of the rate, after a 429
     CLIMB = 0.01  # of the full rate, each second
-    LONGEST_SLEEP = 0.1  # seconds until a thread looks whether the pause was cut
 
     def __init__(self, rate: float, no_new_users: threading.Event) -> None:
         margin = self.MARGIN
@@ -659,25 +660,28 @@ class RateLimiter:
                 wait = self._take_turn()
                 if wait <= 0:
                     return
-                cancelled.wait(min(wait, self.LONGEST_SLEEP))
+                # The end of the run, which cuts a pause, comes before `cancelled`.
+                is_ending = self._no_new_users.is_set()
+                stop = cancelled if is_ending else self._no_new_users
+                stop.wait(wait)
 
     def slow_down(self, sent_at: float, retry_after: float | None) -> None:
         """Pause after a 429 to a call that was sent at `sent_at` (monotonic seconds).
 
-        A Retry-After is followed in any case. Otherwise a call that was sent before the
-        last pause changes nothing. The rate falls once a second at most.
+        One that was sent before the last pause changes nothing, unless it asks for a
+        longer one. The rate falls once a second at most.
         """
         with self._lock:
             now = monotonic()
-            pause = retry_after or 0.0
-            if sent_at >= self._paused_until:
+            is_news = sent_at >= self._paused_until
+            if is_news and now - self._fell_at >= 1:
+                self._fallen_to = self.FALL * self._compute_rate(now)
+                self._fell_at = now
+            if is_news or retry_after:
                 pause = retry_after or self.PAUSE
-                if now - self._fell_at >= 1:
-                    self._fallen_to = self.FALL * self._compute_rate(now)
-                    self._fell_at = now
-            self._paused_until = max(self._paused_until, now + pause)
+                self._paused_until = max(self._paused_until, now + pause)
             rate = self._compute_rate(now)
-        log.debug("429: a pause of %.1f s, then %.1f calls a second", pause, rate)
+        log.debug("429: from now on %.1f calls a second", rate)
 
     def _take_turn(self) -> float:
         """Take the turn and return 0, or return the seconds until it may be taken."""
@@ -706,8 +710,8 @@ BLOCK_SIZE = 16_384  # bytes that are sent at once: what one TLS record holds
 LOOK_UP_SECONDS = 30.0  # for which a name's addresses are used again
 LOOK_UP_INTERVAL = 1.0  # seconds until the next look-up, if there is no connection
 MAX_INTERIM_ANSWERS = 10  # 1xx answers in front of the true one
-# Bytes of an answer that are read at most (users/getFields names thousands of fields),
-# and two more for each of the request: the answer to a group may name each user twice.
+# So many bytes of an answer are read, and twice those of the request: users/getFields
+# names thousands of fields, and the answer to a group may name each of its users twice.
 MAX_ANSWER = 1_000_000
 
 
@@ -803,8 +807,9 @@ class _AnswerReader(io.RawIOBase):
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._raw = sock.makefile("rb", buffering=0)
-        self._deadline = monotonic() + (sock.gettimeout() or 0.0)  # it has one, always
-        self.is_stopped = False  # then no more bytes are given
+        timeout = sock.gettimeout() or 0.0  # it always has one
+        self._deadline = monotonic() + timeout
+        self.is_stopped = False  # then it gives no more bytes
 
     def readable(self) -> bool:
         return True
@@ -830,9 +835,9 @@ class _AnswerBuffer(io.BufferedReader):
 
     def close(self) -> None:
         if not self.closed:
-            self._reader.is_stopped = True
-            if self.peek():  # bytes that were read together with the answer
-                self._sock.close()
+            self._reader.is_stopped = True  # so that `peek` sees what was read by now
+            if self.peek():
+                self._sock.close()  # which `has_lapsed` notices
         super().close()
 
 
@@ -840,7 +845,7 @@ class _FinalResponse(http.client.HTTPResponse):
     """An answer without the informational ones (1xx) in front of it.
 
     A firewall or CDN may send one. http.client would take a 103 for the answer, and
-    each later answer for that to the next request.
+    from then on each request would get the answer to the one before.
     """
 
     def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
@@ -851,7 +856,7 @@ class _FinalResponse(http.client.HTTPResponse):
     def begin(self) -> None:
         for _ in range(MAX_INTERIM_ANSWERS):
             super().begin()
-            if self.status >= 200 or self.status == 101:  # which is the last one, too
+            if self.status >= 200 or self.status == 101:  # 101 is final, too
                 return
             self.headers = None  # type: ignore[assignment]  # else begin() does nothing
         raise http.client.HTTPException("too many 1xx answers")
@@ -860,8 +865,8 @@ class _FinalResponse(http.client.HTTPResponse):
 class _Connection(HTTPConnection):
     """A connection of urllib3 that finds its address in the `names`.
 
-    `timeout` (seconds) is for opening it, and later for each request and each answer:
-    before these, urllib3 sets it for the socket.
+    `timeout` (seconds) is at first that for opening it, then that for each request and
+    each answer. urllib3 gives it to the socket before each of these.
     """
 
     response_class = _FinalResponse
@@ -870,6 +875,9 @@ class _Connection(HTTPConnection):
     def __init__(self, host: str, *, names: NameCache, **options: Any) -> None:
         super().__init__(host, **options)
         self._names = names
+
+    def __del__(self) -> None:
+        self.close()  # its thread has ended
 
     def _new_conn(self) -> socket.socket:
         return self._names.connect(self.host, self.port, self.timeout)
@@ -909,11 +917,18 @@ class HttpAnswer(NamedTuple):
     sent_at: float
 
 
+class _OfThread(threading.local):
+    """What each thread has for itself."""
+
+    connection: _Connection | None = None
+
+
 class Transport:
     """Sends requests to Iterable. Each thread that does has a connection of its own.
 
     `timeout` is in seconds, for a request to be sent and again for its answer. Proxy
-    and CA file are those of the environment. Raises NetworkSettingsError.
+    and CA file are those of the environment. The constructor raises
+    NetworkSettingsError, the methods NoAnswer.
     """
 
     def __init__(
@@ -930,25 +945,23 @@ class Transport:
         self._proxy = _find_proxy(base_url)
         self._tls_context = _make_tls_context()
         self._names = NameCache()
-        self._of_thread = threading.local()
+        self._of_thread = _OfThread()
 
-    def exchange(
-        self,
-        endpoint: Endpoint,
-        body: bytes,
-        wait_for_turn: Callable[[], None],
-    ) -> HttpAnswer:
-        """Send one request and return its answer. Raises NoAnswer.
+    def prepare(self) -> None:
+        """Open the connection of this thread, unless it is open.
 
-        The connection is open before `wait_for_turn` is called. Opening takes three
-        round trips: after the turn, they would make calls arrive bunched, and Iterable
-        would answer some with 429.
+        To be called before a call takes its turn. Opening takes three round trips, and
+        after the turn they would make calls arrive bunched, some of which Iterable
+        would answer with 429.
         """
-        connection: _Connection | None = getattr(self._of_thread, "connection", None)
+        connection = self._of_thread.connection
         if connection is None or connection.is_closed:
-            connection = self._open_connection()
-        wait_for_turn()
-        if connection.has_lapsed():
+            self._open_connection()
+
+    def exchange(self, endpoint: Endpoint, body: bytes) -> HttpAnswer:
+        """Send one request and return its answer."""
+        connection = self._of_thread.connection
+        if connection is None or connection.has_lapsed():
             connection = self._open_connection()
         sent_at = monotonic()
         try:
@@ -966,7 +979,7 @@ class Transport:
         return HttpAnswer(response.status, text, retry_after, sent_at)
 
     def _open_connection(self) -> _Connection:
-        """Open a connection, and keep it for this thread. Raises NoAnswer."""
+        """Open a connection, and keep it for this thread."""
         connection = self._make_connection()
         try:
             connection.connect()
@@ -994,9 +1007,8 @@ class Transport:
             assert_hostname=None,
             assert_fingerprint=None,
         )
-        connection = _SecureConnection(str(proxy.host), port=proxy.port, **options)
-        login = urllib3.make_headers(proxy_basic_auth=unquote(proxy.auth or ""))
-        connection.set_tunnel(self._host, headers=login, scheme=str(proxy.scheme))
+        connection = _SecureConnection(proxy.host, port=proxy.port, **options)
+        connection.set_tunnel(self._host, headers=proxy.login, scheme=proxy.scheme)
         return connection
 
     def _send(self, connection: _Connection, endpoint: Endpoint, body: bytes) -> None:
@@ -1018,7 +1030,7 @@ class Transport:
     ) -> str:
         """Return the body, or the beginning of one that is too long.
 
-        Of a refusal that breaks off the beginning is enough, too.
+        If a refusal breaks off, its beginning is enough, too.
         """
         content = b""
         is_whole = False
@@ -1065,7 +1077,16 @@ class Transport:
 _CONNECTION_ERRORS = (OSError, http.client.HTTPException, urllib3_errors.HTTPError)
 
 
-def _find_proxy(base_url: str) -> Url | None:
+class _Proxy(NamedTuple):
+    """A proxy, with the headers that log in to it."""
+
+    scheme: str
+    host: str
+    port: int
+    login: dict[str, str]
+
+
+def _find_proxy(base_url: str) -> _Proxy | None:
     """Return the proxy that the environment names. Raises NetworkSettingsError."""
     text = select_proxy(base_url, get_environ_proxies(base_url))
     # Plain http is for this machine only, and would show the key to a proxy.
@@ -1074,14 +1095,17 @@ def _find_proxy(base_url: str) -> Url | None:
     if "://" not in text:
         text = f"http://{text}"
     try:
-        proxy = parse_url(text)
-        default_port = port_by_scheme[proxy.scheme or ""]
+        url = parse_url(text)
+        scheme = url.scheme or ""
+        default_port = port_by_scheme[scheme]
+        login = urllib3.make_headers(proxy_basic_auth=unquote(url.auth or ""))
     except (ValueError, KeyError):
         raise NetworkSettingsError(_UNUSABLE_PROXY) from None
     # A password with one of / ? # in it looks like these parts.
-    if proxy.path not in (None, "/") or proxy.query or proxy.fragment:
+    has_other_parts = url.path not in (None, "/") or url.query or url.fragment
+    if not url.host or has_other_parts:
         raise NetworkSettingsError(_UNUSABLE_PROXY)
-    return proxy._replace(port=proxy.port or default_port)
+    return _Proxy(scheme, url.host, url.port or default_port, login)
 
 
 _UNUSABLE_PROXY = (
@@ -1129,8 +1153,10 @@ def parse_base_url(text: str) -> str:
 
 
 def _is_loopback(host: str) -> bool:
-    byte = r"(25[0-5]|2[0-4]\d|1?\d?\d)"
-    return bool(re.fullmatch(rf"localhost|127(\.{byte}){{3}}|\[::1\]", host))
+    try:
+        return host == "localhost" or ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def parse_api_key(text: str) -> str:
@@ -1156,7 +1182,7 @@ class UserCalls:
 
     number: int  # the caller's, to know the user again
     update: Call
-    event: Call | None  # None for a user who gets none
+    event: Call | None  # None for a user who left the segment, or is forgotten
 
     @property
     def calls(self) -> list[Call]:
@@ -1207,8 +1233,9 @@ class IterableClient:
 
     `rate` is the number of users/update calls a second; each other endpoint gets the
     same share of its own limit. `timeout` is in seconds. `workers` is how many threads
-    a Sender uses. `redact` takes the secrets out of a text. Calls raise TurnCancelled
-    if the run ended before they were sent. Raises NetworkSettingsError.
+    a Sender uses. `redact` takes the secrets out of a text. The constructor raises
+    NetworkSettingsError; calls raise TurnCancelled if the run ended before they were
+    sent.
     """
 
     PROBE_ATTEMPTS = 2  # of `is_available`, after many users with all their attempts
@@ -1240,9 +1267,8 @@ class IterableClient:
             "User-Agent": "iterable-integration/3",
         }
         self._transport = Transport(base_url, headers, timeout=timeout)
-        #: Of all calls.
-        self.attempts_made = 0
-        self.retries_made = 0
+        self.attempts_made = 0  # requests that were sent
+        self.retries_made = 0  # those of them that repeated one
         self._lock = threading.Lock()
         self._has_warned_of_dropped_fields = False
 
@@ -1342,9 +1368,10 @@ class IterableClient:
             raise TurnCancelled
         endpoint = request.endpoint
         limiter = self._limiters[endpoint]
-        wait_for_turn = partial(limiter.wait_for_turn, cancelled)
         try:
-            answer = self._transport.exchange(endpoint, request.body, wait_for_turn)
+            self._transport.prepare()
+            limiter.wait_for_turn(cancelled)
+            answer = self._transport.exchange(endpoint, request.body)
             retry_after = self._retry.parse_retry_after(answer.retry_after)
             if answer.status == 429:
                 limiter.slow_down(answer.sent_at, retry_after)
@@ -1353,13 +1380,19 @@ class IterableClient:
         except TurnCancelled:
             raise
         except NoAnswer as error:
-            retryable = error.is_retryable
-            result = _make_failure(endpoint, str(error), is_retryable=retryable)
+            result = _make_failure(endpoint, str(error))
+            result = replace(result, is_retryable=error.is_retryable)
         except Exception as error:  # costs this call, and not the run
             log.exception("Unexpected error", extra=FILE_ONLY)
             reason = f"an unexpected error ({type(error).__name__}): see the log file"
-            result = _make_failure(endpoint, reason, is_unexpected=True)
-        return self._redact_result(result)
+            result = replace(_make_failure(endpoint, reason), is_unexpected=True)
+        return replace(
+            result,
+            code=result.code and self._clean(result.code),
+            message=self._clean(result.message),
+            reason=self._clean(result.reason),
+            body=self._clean(result.body),
+        )
 
     def _count_attempt(self, number: int) -> None:
         with self._lock:
@@ -1375,25 +1408,17 @@ class IterableClient:
             log.warning(
                 "⚠ Iterable drops fields that the project does not take: %s."
                 " Create them in Iterable, or allow new fields in its settings",
-                self._shorten(", ".join(sorted(fields))),
+                self._clean(", ".join(sorted(fields))),
             )
 
-    def _redact_result(self, result: CallResult) -> CallResult:
-        return replace(
-            result,
-            code=self._shorten(result.code or "") or None,
-            message=self._shorten(result.message),
-            reason=self._shorten(result.reason),
-            body=self._shorten(result.body),
-        )
-
-    def _shorten(self, text: str) -> str:
+    def _clean(self, text: str) -> str:
+        """Return a text without secrets, and not too long."""
         return self._redact(text)[:MAX_KEPT_TEXT]
 
 
-def _make_failure(endpoint: Endpoint, reason: str, **facts: bool) -> CallResult:
+def _make_failure(endpoint: Endpoint, reason: str) -> CallResult:
     """Return the result of a call that got no answer."""
-    return CallResult(endpoint.path, ok=False, message=reason, reason=reason, **facts)  # type: ignore[arg-type]
+    return CallResult(endpoint.path, ok=False, message=reason, reason=reason)
 
 
 # Sending many users
@@ -1425,9 +1450,12 @@ class Sender(AbstractContextManager["Sender"]):
     """Sends users in threads, and hands each back when its calls are finished.
 
     With `bulk` they go in groups, and those whom the answer to their group does not
-    confirm get the single calls. `announce` is called with users in the moment before
-    they are sent. A `with` block, whose end waits for the calls in flight. One thread,
-    the caller's, uses it; the workers only make calls.
+    confirm get the single calls. `announce` gets users just before they are sent, so
+    that they are known if the process is killed. The end of the `with` block waits for
+    the calls in flight. One thread, the caller's, uses it; the workers only make calls.
+
+    After an error some users are not given back. Once the block has ended, their calls
+    have the results that there are.
     """
 
     def __init__(
@@ -1448,6 +1476,7 @@ class Sender(AbstractContextManager["Sender"]):
         # No SimpleQueue: in Python 3.10 its time-out may never end.
         self._done: queue.Queue[Future[list[UserCalls]]] = queue.Queue()
         self._workers = ThreadPoolExecutor(client.workers)
+        self._threads_left = client.workers  # that the pool may still have to start
         self._unusable_in_a_row = 0  # users without a usable answer
         self._good_call: Call | None = None  # the last update that Iterable accepted
 
@@ -1462,7 +1491,7 @@ class Sender(AbstractContextManager["Sender"]):
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody is in flight, and no outage is still to be looked for.
+        """Whether there is nothing left to collect, and no outage suspected.
 
         The users of an open group are not in flight.
         """
@@ -1491,8 +1520,7 @@ class Sender(AbstractContextManager["Sender"]):
         """Return the users who are finished, after up to `seconds` for the first.
 
         Before, it may ask whether Iterable is down, and end the run. Raises
-        NoRoomForThread, and what a worker raised that nobody foresaw: some users do not
-        come back then, but have their results.
+        NoRoomForThread, and what a worker raised that nobody foresaw.
         """
         if self._suspects_outage:
             self._look_for_outage()
@@ -1508,8 +1536,9 @@ class Sender(AbstractContextManager["Sender"]):
 
     def _start(self, group: list[UserCalls]) -> None:
         try:
-            # Each time, because the pool does not tell when it starts a thread.
-            require_thread_room()
+            if self._threads_left > 0:
+                require_thread_room()
+                self._threads_left -= 1
             future = self._workers.submit(self._send, group)
         except (OSError, RuntimeError, MemoryError) as error:
             raise NoRoomForThread(
@@ -1519,7 +1548,7 @@ class Sender(AbstractContextManager["Sender"]):
         future.add_done_callback(self._done.put)
 
     def _take_back(self, group: list[UserCalls]) -> list[UserCalls]:
-        """Return the finished users of a group, and send each other one singly."""
+        """Return the finished users of a group. The others are sent on, one by one."""
         finished = []
         for user in group:
             if self._find_due_call(user) is not None:
@@ -1533,8 +1562,8 @@ class Sender(AbstractContextManager["Sender"]):
     def _find_due_call(self, user: UserCalls) -> Call | None:
         """Return the call that a user needs next; None if the user is finished.
 
-        An update that failed with its group, and may not be repeated because the run is
-        ending, counts as made: the event is next.
+        A provisional result is replaced by that of a single call. It stays when the run
+        is ending and the call may not start any more; then the next call is due.
         """
         for call in user.calls:
             may_start = not self._client.control.get_stop(call.endpoint).is_set()
@@ -1557,8 +1586,7 @@ class Sender(AbstractContextManager["Sender"]):
     def _make_calls(self, group: list[UserCalls], endpoint: Endpoint) -> None:
         """Make the calls to an endpoint that are due, together if there are several.
 
-        If the run ended before, no call gets a result. A user whom the answer to the
-        group names as failed gets none either, and is sent singly.
+        If the run ended before, they get no result.
         """
         calls = []
         for user in group:
@@ -1574,10 +1602,10 @@ class Sender(AbstractContextManager["Sender"]):
         if result.is_provisional:
             text = "%s: %s; its %d users are sent singly, unless the run is ending"
             log.info(text, result.headline, result.reason, len(calls), extra=FILE_ONLY)
-        is_clear_group = len(calls) > 1 and result.ok
+        refused = replace(result, ok=False, reason=result.reason or NAMED_AS_FAILED)
         for call in calls:
-            if not is_clear_group or call.identity.value in result.confirmed:
-                call.result = result
+            is_final = len(calls) == 1 or call.identity.value in result.confirmed
+            call.result = result if is_final else refused
 
     def _note(self, user: UserCalls) -> None:
         """Count users in a row without a usable answer, in the order they finish."""
@@ -1596,8 +1624,8 @@ class Sender(AbstractContextManager["Sender"]):
     def _look_for_outage(self) -> None:
         """End the run if Iterable does not answer a call that is known to be good.
 
-        If it does, only the users in a row are answered with errors, whatever is tried.
-        The caller hands over nobody meanwhile.
+        If it does, it is up, and the errors are about these users. The caller hands
+        over nobody meanwhile.
         """
         self._unusable_in_a_row = 0
         if not self._client.is_available(self._good_call):

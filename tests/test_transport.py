@@ -79,10 +79,6 @@ def build_transport(
         return Transport(url, {"Api-Key": KEY}, timeout=timeout)
 
 
-def start_at_once() -> None:
-    """Take the turn of a call at once."""
-
-
 # A server of one connection after the other, in the hands of the test
 
 REPLY = b'HTTP/1.1 200 OK\r\nContent-Length: 18\r\n\r\n{"code":"Success"}'
@@ -287,7 +283,7 @@ def test_a_head_that_drips_takes_too_long(peer: Peer) -> None:
     transport = build_transport(peer.url, timeout=0.3)
 
     with pytest.raises(NoAnswer, match="no answer in time"):
-        transport.exchange(USERS_UPDATE, b"{}", start_at_once)
+        transport.exchange(USERS_UPDATE, b"{}")
 
     finished.set()
 
@@ -296,7 +292,7 @@ def test_an_endless_answer_is_cut(peer: Peer) -> None:
     beginning = b"HTTP/1.1 400 Bad Request\r\n\r\n" + b"x" * 5_000_000
     peer.start(peer.serve, beginning)
 
-    answer = build_transport(peer.url).exchange(USERS_UPDATE, b"{}", start_at_once)
+    answer = build_transport(peer.url).exchange(USERS_UPDATE, b"{}")
 
     assert MAX_ANSWER <= len(answer.text) < 2 * MAX_ANSWER
     assert set(answer.text) == {"x"}
@@ -315,7 +311,7 @@ def test_an_answer_may_name_each_user_of_a_large_group_twice(peer: Peer) -> None
         connection.sendall(head + text)
 
     peer.start(serve)
-    answer = build_transport(peer.url).exchange(USERS_UPDATE, body, start_at_once)
+    answer = build_transport(peer.url).exchange(USERS_UPDATE, body)
 
     assert len(answer.text) == len(text)
 
@@ -445,40 +441,40 @@ def either_server(
 def test_the_connection_is_open_before_the_turn(
     either_server: StandIn, secure: StandIn
 ) -> None:
+    client = build_client(either_server.url, environment=trust(secure))
     calls_before_turn = []
 
-    def wait_for_turn() -> None:
+    def wait_for_turn(*_: object) -> None:
         wait_for_connections(either_server, 1)
         calls_before_turn.append(either_server.count_calls())
 
-    transport = build_transport(either_server.url, environment=trust(secure))
-    transport.exchange(USERS_UPDATE, b"{}", wait_for_turn)
+    with mock.patch.object(RateLimiter, "wait_for_turn", wait_for_turn):
+        client.post([make_update()])
 
     assert calls_before_turn == [0]
     assert either_server.count_calls() == 1
 
 
 def test_a_connection_that_cannot_be_opened_takes_no_turn() -> None:
-    turns = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
+    client = build_client(f"http://127.0.0.1:{port}", max_attempts=1)
 
-    def wait_for_turn() -> None:
-        turns.append(1)
+    with mock.patch.object(RateLimiter, "wait_for_turn") as wait_for_turn:
+        result = client.post([make_update()])
 
-    transport = build_transport(f"http://127.0.0.1:{port}")
-    with pytest.raises(NoAnswer):
-        transport.exchange(USERS_UPDATE, b"{}", wait_for_turn)
-
-    assert turns == []
+    assert not result.ok
+    wait_for_turn.assert_not_called()
 
 
 def test_a_cancelled_call_sends_nothing(standin: StandIn) -> None:
-    transport = build_transport(standin.url)
-    wait_for_turn = mock.Mock(side_effect=TurnCancelled)
+    client = build_client(standin.url)
 
-    with pytest.raises(TurnCancelled):
-        transport.exchange(USERS_UPDATE, b"{}", wait_for_turn)
+    with (
+        mock.patch.object(RateLimiter, "wait_for_turn", side_effect=TurnCancelled),
+        pytest.raises(TurnCancelled),
+    ):
+        client.post([make_update()])
 
     assert standin.count_calls() == 0
 
@@ -553,7 +549,7 @@ def test_sending_may_take_longer_than_connecting(
     peer.start(read_slowly, peer, 0.5, 0)
     transport = build_transport(peer.url)
 
-    answer = transport.exchange(USERS_UPDATE, b"x" * LARGE, start_at_once)
+    answer = transport.exchange(USERS_UPDATE, b"x" * LARGE)
 
     assert answer.status == 200
 
@@ -563,7 +559,7 @@ def test_sending_to_a_silent_server_is_bounded(peer: Peer) -> None:
     transport = build_transport(peer.url, timeout=0.3)
 
     with pytest.raises(NoAnswer, match="no answer in time"):
-        transport.exchange(USERS_UPDATE, b"x" * LARGE, start_at_once)
+        transport.exchange(USERS_UPDATE, b"x" * LARGE)
 
 
 def test_sending_to_a_slow_server_is_bounded_as_a_whole(peer: Peer) -> None:
@@ -571,7 +567,7 @@ def test_sending_to_a_slow_server_is_bounded_as_a_whole(peer: Peer) -> None:
     transport = build_transport(peer.url, timeout=0.5)
 
     with pytest.raises(NoAnswer, match="no answer in time"):
-        transport.exchange(USERS_UPDATE, b"x" * LARGE, start_at_once)
+        transport.exchange(USERS_UPDATE, b"x" * LARGE)
 
 
 # Names
@@ -887,15 +883,16 @@ def test_a_proxy_may_be_reached_over_tls(secure: StandIn) -> None:
 
 
 def test_the_tunnel_is_open_before_the_turn(secure: StandIn, tunnel: Tunnel) -> None:
+    environment = {**trust(secure), "HTTPS_PROXY": tunnel.proxy}
+    client = build_client(secure.url, environment=environment)
     calls_before_turn = []
 
-    def wait_for_turn() -> None:
+    def wait_for_turn(*_: object) -> None:
         wait_for_connections(secure, 1)
         calls_before_turn.append(secure.count_calls())
 
-    environment = {**trust(secure), "HTTPS_PROXY": tunnel.proxy}
-    transport = build_transport(secure.url, environment=environment)
-    transport.exchange(USERS_UPDATE, b"{}", wait_for_turn)
+    with mock.patch.object(RateLimiter, "wait_for_turn", wait_for_turn):
+        client.post([make_update()])
 
     assert calls_before_turn == [0]
 
@@ -971,7 +968,13 @@ def test_the_refusal_of_a_proxy_is_not_retried(
 
 @pytest.mark.parametrize(
     "proxy",
-    ["http://ann:gehe/im@proxy:1", "http://ann:gehe?im@proxy:1", "socks5://p:1"],
+    [
+        "http://ann:gehe/im@proxy:1",
+        "http://ann:gehe?im@proxy:1",
+        "http://ann:geheim€@proxy:1",
+        "http://:1",
+        "socks5://p:1",
+    ],
 )
 def test_a_proxy_that_cannot_be_used_is_an_error(proxy: str) -> None:
     with pytest.raises(NetworkSettingsError) as error:

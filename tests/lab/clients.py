@@ -180,11 +180,11 @@ class ScriptedTransport:
         self._script = script
         self._changed = threading.Condition()
 
-    def exchange(
-        self, endpoint: Endpoint, body: bytes, wait_for_turn: Callable[[], None]
-    ) -> HttpAnswer:
+    def prepare(self) -> None:
+        """Take the place of `Transport.prepare`."""
+
+    def exchange(self, endpoint: Endpoint, body: bytes) -> HttpAnswer:
         """Take the place of `Transport.exchange`."""
-        wait_for_turn()
         sent_at = iterable_client.monotonic()  # type: ignore[attr-defined]
         users = find_users(endpoint, body)
         with self._changed:
