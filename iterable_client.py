@@ -8,7 +8,6 @@ https://api.iterable.com/api/docs, unless another page is named.
 from __future__ import annotations
 
 import contextlib
-import functools
 import http.client
 import io
 import itertools
@@ -29,6 +28,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import Enum
+from functools import partial
 from time import monotonic
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -40,7 +40,13 @@ from requests.utils import (
     select_proxy,
 )
 from urllib3 import exceptions as urllib3_errors
-from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connection import (
+    HTTPConnection,
+    HTTPSConnection,
+    ProxyConfig,
+    port_by_scheme,
+)
+from urllib3.util import Url, parse_url
 
 log = logging.getLogger(__name__)
 
@@ -78,21 +84,14 @@ ENDPOINTS = (
     USERS_GET_FIELDS,
 )
 BULK_ENDPOINTS = {USERS_UPDATE: USERS_BULK_UPDATE, EVENTS_TRACK: EVENTS_TRACK_BULK}
-
-# Iterable states no number of items; a thousand is what its own clients send.
-MAX_GROUP_USERS = 1000
-# Of both bodies of a group together. Iterable takes 4 MB of users, and states no limit
-# for events.
-MAX_GROUP_BYTES = 1_000_000
-# Users of a bulk run in flight. More would only wait for their turn, and take memory.
-MAX_BULK_IN_FLIGHT = 10_000
+BULK_PATHS = [endpoint.path for endpoint in BULK_ENDPOINTS.values()]
 
 
 # Payloads
 
 
 class IdentifyBy(str, Enum):
-    """How a project identifies its users, by the key that a payload has for it.
+    """How a project identifies its users: the key in each payload.
 
     https://support.iterable.com/hc/en-us/articles/9216719179796
     """
@@ -108,8 +107,8 @@ class Identity(NamedTuple):
     value: str
 
 
-# A row of Query 2: user_id, first_name, email, plan_type, view_id, page, browser,
-# location, and event_time in UTC.
+# A row of Query 2 by its columns: user_id, first_name, email, plan_type, view_id, page,
+# browser, location, and event_time in UTC.
 Row = Mapping[str, int | str | None]
 
 
@@ -118,10 +117,10 @@ class UnusableRow(Exception):
 
     def __init__(self, problem: str, cure: str) -> None:
         super().__init__(f"{problem}: {cure}")
-        self.brief = problem
+        self.problem = problem  # without the cure, for the line of each such user
 
 
-# Half a surrogate pair, as which the database module returns a byte that is not UTF-8.
+# The database module returns a byte that is not UTF-8 as half a surrogate pair.
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")
 # https://support.iterable.com/hc/en-us/articles/9216719179796: at most 52 characters
 _USER_ID = re.compile(r"[!-~]([ -~]{0,50}[!-~])?")
@@ -137,8 +136,8 @@ USER_FIELD_TYPES = {
     "candidate": "string",
 }
 
-# In ASCII, so the length of a payload is its number of bytes.
-to_compact_json = json.JSONEncoder(separators=(",", ":")).encode
+# Returns a payload as JSON. It is ASCII, so its length is its number of bytes.
+encode_payload = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def identify(row: Row, identify_by: IdentifyBy) -> Identity:
@@ -267,23 +266,27 @@ ADVICE_BY_CODE = {
 
 @dataclass(frozen=True, slots=True)
 class CallResult:
-    """How a call ended, all its attempts included. It holds no secret."""
+    """How a call ended, all its attempts included.
 
-    endpoint: str
+    The client takes out secrets, and shortens the texts, before it returns one.
+    """
+
+    endpoint: str  # its path
+    # The call was accepted. Of a group: its answer tells which users were.
     ok: bool
     status: int | None = None  # None if there was no answer
     code: str | None = None
     message: str = ""  # Iterable's `msg`, or what happened instead
-    # Why it failed and what to do. The user is not in it, so equal ones are counted.
+    # Why it failed and what to do, without the user's name: the summary counts users
+    # who have the same reason.
     reason: str = ""
-    body: str = ""  # the beginning of the answer to a call that failed
+    body: str = ""  # the answer, if the call failed
     attempts: int = 1  # also those answered 429, which `max_attempts` does not count
     is_retryable: bool = False
-    is_refused_key: bool = False  # in Iterable's own words
+    retry_after: float | None = None  # seconds that Iterable asks to wait
+    is_refused_key: bool = False  # by Iterable itself, and not by a firewall
     is_unexpected: bool = False  # an error of this program
-    # The identities that the answer to a group confirms. The others were not delivered
-    # if it is `ok`; if not, nothing is known about any of them.
-    confirmed: frozenset[str] = frozenset()
+    confirmed: frozenset[str] = frozenset()  # of a group: the users who were accepted
     dropped_fields: frozenset[str] = frozenset()  # those the project does not take
     fields: tuple[tuple[str, str], ...] = ()  # of users/getFields, with their types
 
@@ -311,14 +314,19 @@ class CallResult:
         """Whether Iterable itself gave a final answer, even if a refusal."""
         return self.ok or (self.code is not None and not self.is_retryable)
 
+    @property
+    def is_provisional(self) -> bool:
+        """Whether it is of a group that failed: its users get single calls then."""
+        return not self.ok and self.endpoint in BULK_PATHS
+
 
 def interpret(
-    endpoint: Endpoint, status: int, text: str, identities: Sequence[Identity] = ()
+    endpoint: Endpoint, status: int, text: str, identity: Identity | None = None
 ) -> CallResult:
-    """Return what an answer means. The reason does not name these `identities`.
+    """Return what an answer means. The reason does not name the `identity`.
 
-    A success is a 2xx with the code Success, whose `msg` does not say "disallowed".
-    Some refusals have one or two of these.
+    A call is accepted by a 2xx with the code Success, if `msg` does not say that
+    tracking is disallowed.
     """
     answer = _parse_object(text)
     code = _get_text(answer, "code")
@@ -327,7 +335,7 @@ def interpret(
     result = CallResult(endpoint.path, ok, status, code or None, message)
     if ok:
         return result
-    for identity in identities:
+    if identity is not None:
         message = _hide(identity, message)
     return replace(
         result,
@@ -344,52 +352,61 @@ def interpret_group(
 ) -> CallResult:
     """Return what the answer to a bulk call means for these users.
 
-    It is believed only when its counts add up with the users that its lists name.
+    It is believed only when its counts agree with the users that its lists name.
     """
     if status // 100 != 2:
-        # Without the code, which would be taken for an answer about each user.
+        # Without the code: with it the answer would count as one about each user.
         return replace(interpret(endpoint, status, text), code=None)
     answer = _parse_object(text)
     sent = {identity.value for identity in identities}
     failed = sent & _find_named_users(answer, identities[0].identify_by)
+    confirmed = sent - failed
     counts = (answer.get("successCount"), answer.get("failCount"))
-    adds_up = counts == (len(sent) - len(failed), len(failed))
-    if answer.get("disallowedEventNames") or DISALLOWED in text:
-        adds_up = False
-    if answer.get("code", "Success") != "Success":
-        adds_up = False
-    result = CallResult(endpoint.path, adds_up, status)
-    if adds_up:
-        confirmed = frozenset(sent - failed)
-        dropped = frozenset(_get_texts(answer.get("filteredOutFields")))
-        return replace(result, confirmed=confirmed, dropped_fields=dropped)
-    message = _get_text(answer, "msg")
-    reason = "the answer does not add up"
-    body = _unescape(text, answer)
-    return replace(result, message=message, reason=reason, body=body)
+    is_clear = (
+        counts == (len(confirmed), len(failed))
+        and answer.get("code", "Success") == "Success"
+        and not answer.get("disallowedEventNames")
+        and DISALLOWED not in text
+    )
+    result = CallResult(endpoint.path, is_clear, status)
+    if is_clear:
+        dropped = _as_texts(answer.get("filteredOutFields"))
+        return replace(
+            result,
+            confirmed=frozenset(confirmed),
+            dropped_fields=frozenset(dropped),
+        )
+    return replace(
+        result,
+        message=_get_text(answer, "msg"),
+        reason="the answer does not add up",
+        body=_unescape(text, answer),
+    )
 
 
 def interpret_fields(status: int, text: str) -> CallResult:
     """Return what the answer of users/getFields means."""
+    result = interpret(USERS_GET_FIELDS, status, text)
     fields = _parse_object(text).get("fields")
-    if status // 100 == 2 and isinstance(fields, dict):
-        types = tuple((name, str(type_name)) for name, type_name in fields.items())
-        return CallResult(USERS_GET_FIELDS.path, ok=True, status=status, fields=types)
-    return interpret(USERS_GET_FIELDS, status, text)
+    if status // 100 != 2 or not isinstance(fields, dict):
+        return result
+    types = [(name, str(type_name)) for name, type_name in fields.items()]
+    return CallResult(result.endpoint, ok=True, status=status, fields=tuple(types))
 
 
 def _find_named_users(answer: dict[str, Any], identify_by: IdentifyBy) -> set[str]:
     """Return the users whom the lists of a bulk answer name.
 
     Lists whose key begins with "conflict" are left out. They name the other user of a
-    conflict, who may be in this group and delivered.
+    conflict, who may be in this group and delivered. So after a conflict the counts do
+    not agree, and the whole group is sent singly.
     """
     named: set[str] = set()
     failed_updates = _as_object(answer.get("failedUpdates"))
     for key, value in [*answer.items(), *failed_updates.items()]:
         if key.startswith("conflict"):
             continue
-        texts = _get_texts(value)
+        texts = _as_texts(value)
         if identify_by is IdentifyBy.EMAIL:
             named |= {text.lower() for text in texts}
         elif key.endswith("UserIds"):  # any text could be a user ID
@@ -409,7 +426,7 @@ def _as_object(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _get_texts(value: object) -> set[str]:
+def _as_texts(value: object) -> set[str]:
     """Return the texts in a list; none if it is no list."""
     items = value if isinstance(value, list) else []
     return {item for item in items if isinstance(item, str)}
@@ -429,14 +446,16 @@ def _unescape(text: str, answer: dict[str, Any]) -> str:
 
 def _hide(identity: Identity, text: str) -> str:
     """Return a text without the user, so that equal ones can be counted together."""
+    # Not as a part of a longer word or address; the full stop of a sentence may follow.
     name = rf"(?<![\w.@-]){re.escape(identity.value)}(?!\.?[\w@-])"
     return re.sub(name, f"<{identity.identify_by.value}>", text)
 
 
 def _is_key_refused(status: int, answer: dict[str, Any]) -> bool:
     """Whether Iterable refuses the key, and not a firewall the request."""
-    is_from_iterable = _get_text(answer, "code") and isinstance(answer.get("msg"), str)
-    return status in (401, 403) and bool(is_from_iterable)
+    has_code = bool(_get_text(answer, "code"))
+    has_message = isinstance(answer.get("msg"), str)
+    return status in (401, 403) and has_code and has_message
 
 
 def _explain_refusal(status: int, answer: dict[str, Any], message: str) -> str:
@@ -464,7 +483,7 @@ def _explain_refusal(status: int, answer: dict[str, Any], message: str) -> str:
     if _is_key_refused(status, answer):
         words = f' ("{message}")' if message else ""
         return f"Iterable refused the API key{words}: {CHECK_KEY}"
-    if not code or status in (401, 403):
+    if not code or status in (401, 403):  # of a firewall or proxy
         return NOT_ITERABLE
     return message or "Iterable does not say why"
 
@@ -502,20 +521,23 @@ class RunControl:
         self.no_new_users = threading.Event()
         #: No call at all may start.
         self.nothing_more = threading.Event()
+        #: Users are being sent. Before that, a signal ends the process at once.
+        self.has_begun = threading.Event()
         self._lock = threading.Lock()
         self._error: Exception | None = None
         self._is_closed = False
 
-    def end(self, error: Exception, *, abandon_started: bool = False) -> None:
+    def end(self, error: Exception) -> None:
         """End the run early because of an error. Only the first one counts."""
         with self._lock:
-            if self._is_closed:
-                return
-            if self._error is None:
-                self._error = error
-                if abandon_started:
-                    self.nothing_more.set()
-            self.no_new_users.set()
+            if not self._is_closed:
+                self._error = self._error or error
+                self.no_new_users.set()
+
+    def abort(self, error: Exception) -> None:
+        """End the run, and let not even the users who have started get their events."""
+        self.nothing_more.set()
+        self.end(error)
 
     def close(self) -> Exception | None:
         """Return the error that ended the run early, if any. No later one counts."""
@@ -524,7 +546,7 @@ class RunControl:
             return self._error
 
     def get_stop(self, endpoint: Endpoint) -> threading.Event:
-        """Return the event that forbids a call to start, when it is set."""
+        """Return which of the two forbids a call of this endpoint, once it is set."""
         return self.no_new_users if endpoint.starts_user else self.nothing_more
 
 
@@ -534,6 +556,10 @@ class KeyRefused(Exception):
 
 class IterableUnavailable(Exception):
     """Iterable takes no call at present. Nothing more is sent."""
+
+
+class TurnCancelled(Exception):
+    """The run ended before a call was sent."""
 
 
 # How often, and how fast
@@ -580,19 +606,21 @@ class RateLimiter:
     1 % of the full rate a second, because others write to the project as well.
     """
 
-    # Seconds added to each second's worth of calls: Iterable counts arrivals, and some
+    # By this share the rate stays below the limit: Iterable counts arrivals, and some
     # calls take longer than others to arrive.
     MARGIN = 0.02
     SLOW_MARGIN = 0.05  # for 10 calls a second or fewer: one of them weighs more
     SLACK = 0.005  # seconds that a thread which woke up late may make up for
     PAUSE = 0.25  # seconds after a 429 that does not ask for any
+    FALL = 0.7  # of the rate, after a 429
+    CLIMB = 0.01  # of the full rate, each second
     LONGEST_SLEEP = 0.1  # seconds until a thread looks whether the run is ending
 
-    def __init__(self, rate: float, run_is_ending: threading.Event) -> None:
+    def __init__(self, rate: float, no_new_users: threading.Event) -> None:
         margin = self.MARGIN if rate > 10 else self.SLOW_MARGIN
         self._full_rate = rate / (1 + margin)
         self._fallen_to = self._full_rate
-        self._run_is_ending = run_is_ending
+        self._no_new_users = no_new_users
         # Held by the one thread that waits for the next turn: of many, some would wake
         # up late and start together.
         self._turnstile = threading.Lock()
@@ -601,30 +629,32 @@ class RateLimiter:
         self._paused_until = 0.0
         self._fell_at = 0.0
 
-    def wait_for_turn(self, cancelled: threading.Event) -> bool:
-        """Wait until a call may start. Returns False soon after `cancelled` is set."""
+    def wait_for_turn(self, cancelled: threading.Event) -> None:
+        """Wait until a call may start. Raises TurnCancelled if `cancelled` is set."""
         with self._turnstile:
-            while not cancelled.is_set():
+            while True:
+                if cancelled.is_set():
+                    raise TurnCancelled
                 wait = self._take_turn()
                 if wait <= 0:
-                    return True
+                    return
                 cancelled.wait(min(wait, self.LONGEST_SLEEP))
-        return False
 
     def slow_down(self, sent_at: float, retry_after: float | None) -> None:
         """Pause after a 429 to a call that was sent at `sent_at` (monotonic seconds).
 
-        Calls that were in flight when the pause began do not lower the rate again.
+        The rate falls once a second at most, and not for calls that were in flight
+        when the pause began.
         """
         with self._lock:
             now = monotonic()
-            is_news = sent_at >= self._paused_until
-            if is_news and now - self._fell_at >= 1:
-                self._fallen_to = 0.7 * self._compute_rate(now)
-                self._fell_at = now
-            pause = self.PAUSE if is_news else 0.0
+            was_in_flight = sent_at < self._paused_until
+            pause = 0.0 if was_in_flight else self.PAUSE
             if retry_after is not None:
                 pause = retry_after
+            if not was_in_flight and now - self._fell_at >= 1:
+                self._fallen_to = self.FALL * self._compute_rate(now)
+                self._fell_at = now
             self._paused_until = max(self._paused_until, now + pause)
             rate = self._compute_rate(now)
         log.debug("429: a pause of %.1f s, then %.1f calls a second", pause, rate)
@@ -634,7 +664,7 @@ class RateLimiter:
         with self._lock:
             now = monotonic()
             start = self._next_turn
-            if not self._run_is_ending.is_set():  # the end cuts the pause
+            if not self._no_new_users.is_set():  # the end of the run cuts the pause
                 start = max(start, self._paused_until)
             if start > now:
                 return start - now
@@ -643,7 +673,7 @@ class RateLimiter:
             return 0.0
 
     def _compute_rate(self, now: float) -> float:
-        climbed = 0.01 * self._full_rate * (now - self._fell_at)
+        climbed = self.CLIMB * self._full_rate * (now - self._fell_at)
         return min(self._full_rate, self._fallen_to + climbed)
 
 
@@ -654,7 +684,6 @@ BLOCK_SIZE = 16_384  # bytes that are sent at once: what one TLS record holds
 LOOK_UP_SECONDS = 30.0  # for which a name's addresses are used again
 LOOK_UP_INTERVAL = 1.0  # seconds until the next look-up, if there is no connection
 MAX_INTERIM_ANSWERS = 10  # 1xx answers in front of the true one
-MAX_LAPSED_CONNECTIONS = 5  # in a row, before a call is sent
 # Bytes of an answer that are read, besides twice those of the request: the answer to a
 # group may name each of its users twice. users/getFields names thousands of fields.
 MAX_ANSWER = 1_000_000
@@ -668,19 +697,15 @@ class NoAnswer(Exception):
         self.is_retryable = is_retryable
 
 
-class TurnCancelled(Exception):
-    """The run ended before a call was sent."""
-
-
-class _ConnectionLapsed(Exception):
-    """The server closed a connection, or sent bytes, before a call was sent on it."""
+class NetworkSettingsError(Exception):
+    """The proxy or the CA file of the environment cannot be used."""
 
 
 class NameCache:
     """Looks up a host's addresses once for many connections. Safe in any thread.
 
     A resolver loses answers when hundreds of threads ask at once. All connections of a
-    pool are to one host: Iterable, or the proxy.
+    run are to one host: Iterable, or the proxy.
     """
 
     def __init__(self) -> None:
@@ -689,11 +714,25 @@ class NameCache:
         self._problem = ""
         self._valid_until = -math.inf  # monotonic seconds
 
-    def look_up(self, host: str, port: int) -> list[str]:
-        """Return the host's addresses; those that did not answer come last.
+    def connect(self, host: str, port: int, timeout: float) -> socket.socket:
+        """Open a socket to one of the host's addresses, within `timeout` seconds each.
 
-        Raises socket.gaierror. Threads that wait for a look-up share its outcome.
+        Raises socket.gaierror if it has none, else the OSError of the last one.
         """
+        for address in self._look_up(host, port):
+            try:
+                sock = socket.create_connection((address, port), timeout)
+            except OSError as error:
+                failure = error
+                self._put_last(address)
+            else:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return sock
+        self._look_up_soon()
+        raise failure
+
+    def _look_up(self, host: str, port: int) -> list[str]:
+        # Threads that wait here share the outcome.
         with self._lock:
             if monotonic() >= self._valid_until:
                 self._ask_resolver(host, port)
@@ -701,30 +740,28 @@ class NameCache:
                 raise socket.gaierror(self._problem)
             return list(self._addresses)
 
-    def put_last(self, address: str) -> None:
+    def _ask_resolver(self, host: str, port: int) -> None:
+        """Look up. If that fails, old addresses are better than none."""
+        valid_for = LOOK_UP_SECONDS
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            self._addresses = [str(address[0]) for *_, address in found]
+        except (OSError, UnicodeError) as error:
+            self._problem = str(error)
+            valid_for = LOOK_UP_INTERVAL
+        self._valid_until = monotonic() + valid_for
+
+    def _put_last(self, address: str) -> None:
         """Let other addresses be tried first next time."""
         with self._lock:
             if address in self._addresses:
                 self._addresses.remove(address)
                 self._addresses.append(address)
 
-    def forget(self) -> None:
-        """Look up again soon, because no address can be reached."""
+    def _look_up_soon(self) -> None:
         with self._lock:
             soon = monotonic() + LOOK_UP_INTERVAL
             self._valid_until = min(self._valid_until, soon)
-
-    def _ask_resolver(self, host: str, port: int) -> None:
-        """Look up. If that fails, old addresses are better than none."""
-        family = urllib3.util.connection.allowed_gai_family()
-        valid_for = LOOK_UP_SECONDS
-        try:
-            found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
-            self._addresses = [str(address[0]) for *_, address in found]
-        except (OSError, UnicodeError) as error:
-            self._problem = str(error)
-            valid_for = LOOK_UP_INTERVAL
-        self._valid_until = monotonic() + valid_for
 
 
 class _AnswerReader(io.RawIOBase):
@@ -798,49 +835,33 @@ class _FinalResponse(http.client.HTTPResponse):
 
 
 class _Connection(HTTPConnection):
-    """A connection that is open before a call takes its turn.
+    """A connection of urllib3 that finds its address in the `names`.
 
-    Opening takes three round trips. After the turn, they would make calls arrive
-    bunched, and Iterable would answer some with 429.
+    `timeout` (seconds) is for opening it, and later for each request and each answer.
     """
 
     response_class = _FinalResponse
+    timeout: float
 
-    def __init__(self, *arguments: Any, transport: Transport, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._transport = transport
+    def __init__(self, host: str, *, names: NameCache, **options: Any) -> None:
+        super().__init__(host, **options)
+        self._names = names
 
-    def connect(self) -> None:
-        try:
-            super().connect()
-        except (OSError, urllib3_errors.HTTPError, http.client.HTTPException) as error:
-            raise self._transport.explain_no_connection(error) from error
-
-    def request(self, *arguments: Any, **options: Any) -> None:
-        if self.is_closed:
-            self.connect()
-        self._transport.take_turn()
-        if self._has_lapsed():
-            raise _ConnectionLapsed
-        # Else urllib3 would send with the time-out for connecting.
-        self.timeout = self._transport.timeout
-        super().request(*arguments, **options)
+    def _new_conn(self) -> socket.socket:
+        return self._names.connect(self.host, self.port, self.timeout)
 
     def send(self, data: Any) -> None:
         """Send bytes within the time-out, however many TLS records they take.
 
         The socket's own time-out begins anew with each record.
         """
-        deadline = monotonic() + self._transport.timeout
+        deadline = monotonic() + self.timeout
         for start in range(0, len(data), BLOCK_SIZE):
             if start > 0:
                 self.sock.settimeout(max(deadline - monotonic(), 0.001))
-            try:
-                super().send(data[start : start + BLOCK_SIZE])
-            except TimeoutError:
-                raise NoAnswer(TOO_SLOW) from None
+            super().send(data[start : start + BLOCK_SIZE])
 
-    def _has_lapsed(self) -> bool:
+    def has_lapsed(self) -> bool:
         """Whether the server closed the connection, or sent what no call asked for.
 
         A TLS server sends tickets first, so it is not enough that there are bytes.
@@ -849,38 +870,14 @@ class _Connection(HTTPConnection):
         # For urllib3, connected means that no bytes wait in the socket.
         if self.is_connected and not is_decrypted:
             return False
-        self.sock.settimeout(0)
         try:
+            self.sock.settimeout(0)
             self.sock.recv(1)
         except (BlockingIOError, ssl.SSLWantReadError):
             return False
         except OSError:
             return True
         return True
-
-    def _new_conn(self) -> socket.socket:
-        """Open a socket to one of the host's addresses; TLS still verifies its name.
-
-        urllib3 connects to `_dns_host` here, and derives from it what TLS verifies.
-        """
-        name = self._dns_host
-        names = self._transport.names
-        failure: Exception = urllib3_errors.NewConnectionError(self, "no address")
-        try:
-            addresses = names.look_up(name, self.port)
-        except socket.gaierror as error:
-            raise urllib3_errors.NameResolutionError(name, self, error) from error
-        for address in addresses:
-            self._dns_host = address
-            try:
-                return super()._new_conn()
-            except urllib3_errors.HTTPError as error:
-                failure = error
-                names.put_last(address)
-            finally:
-                self._dns_host = name
-        names.forget()
-        raise failure
 
 
 class _SecureConnection(_Connection, HTTPSConnection):
@@ -897,99 +894,122 @@ class HttpAnswer(NamedTuple):
 
 
 class Transport:
-    """The connections to Iterable: one pool for `size` threads.
+    """Sends requests to Iterable. Each thread that does has a connection of its own.
 
     `timeout` is in seconds, for a request to be sent and again for its answer. Proxy
     and CA file are those of the environment. Raises NetworkSettingsError.
     """
 
     def __init__(
-        self, base_url: str, headers: dict[str, str], *, timeout: float, size: int
+        self, base_url: str, headers: dict[str, str], *, timeout: float
     ) -> None:
-        self.timeout = timeout
-        self.names = NameCache()
         self._headers = headers
+        self._timeout = timeout
+        self._is_secure = base_url.startswith("https:")
         self._host = base_url.partition("://")[2]
-        # Of this thread, for `_Connection.request`: urllib3 passes it nothing of ours.
-        self._call = threading.local()
-        self._pool = _open_pool(base_url, size)
-        is_secure = base_url.startswith("https:")
-        connection_class = _SecureConnection if is_secure else _Connection
-        make_connection: Any = functools.partial(connection_class, transport=self)
-        self._pool.ConnectionCls = make_connection
-
-    def take_turn(self) -> None:
-        """Wait for the turn of this thread's call, once. Raises TurnCancelled."""
-        if self._call.sent_at is None:
-            if not self._call.wait_for_turn():
-                raise TurnCancelled
-            self._call.sent_at = monotonic()
+        self._proxy = _find_proxy(base_url)
+        self._tls_context = _make_tls_context()
+        self._names = NameCache()
+        self._of_thread = threading.local()
 
     def exchange(
-        self, endpoint: Endpoint, body: bytes, wait_for_turn: Callable[[], bool]
+        self, endpoint: Endpoint, body: bytes, wait_for_turn: Callable[[], None]
     ) -> HttpAnswer:
-        """Send one request and return its answer.
+        """Send one request and return its answer. Raises NoAnswer.
 
-        `wait_for_turn` is called when the connection is open; the request is sent only
-        if it returns True. Raises NoAnswer, TurnCancelled.
+        The connection is open before `wait_for_turn` is called. Opening takes three
+        round trips: after the turn, they would make calls arrive bunched, and Iterable
+        would answer some with 429.
         """
-        self._call.wait_for_turn = wait_for_turn
-        self._call.sent_at = None
-        for _ in range(MAX_LAPSED_CONNECTIONS):
-            try:
-                response = self._open_response(endpoint, body)
-                text = self._read(response, MAX_ANSWER + 2 * len(body))
-            except _ConnectionLapsed:
-                continue  # on another connection, with the same turn
-            except urllib3_errors.TimeoutError as error:
+        connection = getattr(self._of_thread, "connection", None)
+        if connection is None or connection.is_closed or connection.has_lapsed():
+            connection = self._open_connection()
+        wait_for_turn()
+        sent_at = monotonic()
+        if connection.has_lapsed():
+            connection = self._open_connection()
+        try:
+            self._send(connection, endpoint, body)
+            response = connection.getresponse()
+            text = self._read(connection, response, MAX_ANSWER + 2 * len(body))
+        except Exception as error:
+            connection.close()  # or the next call may get the rest of this answer
+            if isinstance(error, (TimeoutError, urllib3_errors.TimeoutError)):
                 raise NoAnswer(TOO_SLOW) from error
-            except (urllib3_errors.HTTPError, OSError) as error:
+            if isinstance(error, _CONNECTION_ERRORS):
                 raise NoAnswer(BROKEN) from error
-            retry_after = response.headers.get("Retry-After")
-            return HttpAnswer(response.status, text, retry_after, self._call.sent_at)
-        raise NoAnswer(f"connections close before a call is sent: {CHECK_URL}")
+            raise
+        retry_after = response.headers.get("Retry-After")
+        return HttpAnswer(response.status, text, retry_after, sent_at)
 
-    def _open_response(
-        self, endpoint: Endpoint, body: bytes
-    ) -> urllib3.BaseHTTPResponse:
-        connect_timeout = min(self.timeout, CONNECT_TIMEOUT)
-        return self._pool.urlopen(
-            endpoint.method,
-            f"/api/{endpoint.path}",
-            body=body,
-            headers=self._headers,
-            redirect=False,
-            retries=False,
-            timeout=urllib3.Timeout(connect=connect_timeout, read=self.timeout),
-            preload_content=False,
+    def _open_connection(self) -> _Connection:
+        """Open a connection and keep it for this thread. Raises NoAnswer."""
+        connection = self._make_connection()
+        try:
+            connection.connect()
+        except _CONNECTION_ERRORS as error:
+            connection.close()
+            raise self._explain_no_connection(connection.host, error) from error
+        connection.timeout = self._timeout
+        self._of_thread.connection = connection
+        return connection
+
+    def _make_connection(self) -> _Connection:
+        options: dict[str, Any] = {
+            "names": self._names,
+            "timeout": min(self._timeout, CONNECT_TIMEOUT),
+        }
+        if not self._is_secure:
+            return _Connection(self._host, **options)
+        options["ssl_context"] = self._tls_context
+        proxy = self._proxy
+        if proxy is None:
+            return _SecureConnection(self._host, **options)
+        options["proxy_config"] = ProxyConfig(
+            ssl_context=self._tls_context,
+            use_forwarding_for_https=False,
+            assert_hostname=None,
+            assert_fingerprint=None,
         )
+        connection = _SecureConnection(str(proxy.host), port=proxy.port, **options)
+        login = urllib3.make_headers(proxy_basic_auth=unquote(proxy.auth or ""))
+        connection.set_tunnel(self._host, headers=login, scheme=str(proxy.scheme))
+        return connection
 
-    def _read(self, response: urllib3.BaseHTTPResponse, max_bytes: int) -> str:
+    def _send(self, connection: _Connection, endpoint: Endpoint, body: bytes) -> None:
+        # A server may answer, and close, before it has read the whole request.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.request(
+                endpoint.method,
+                f"/api/{endpoint.path}",
+                body,
+                self._headers,
+                preload_content=False,
+            )
+
+    def _read(
+        self, connection: _Connection, response: urllib3.HTTPResponse, max_bytes: int
+    ) -> str:
         """Return the body, or its beginning: the status of a refusal is enough."""
         content = b""
-        # Leaving the block closes a connection that is not in the pool again, because
-        # the answer was not read to its end.
-        with response:
-            try:
-                while len(content) < max_bytes:
-                    block = response.read1(65_536)
-                    if not block:
-                        break
-                    content += block
-            except urllib3_errors.HTTPError:
-                if response.status < 300:
-                    raise
+        block = None  # empty at the end of the answer
+        try:
+            while block != b"" and len(content) < max_bytes:
+                block = response.read1(65_536)
+                content += block
+        except urllib3_errors.HTTPError:
+            if response.status < 300:
+                raise
+        if block != b"":
+            connection.close()
         return content.decode("utf-8", "replace")
 
-    def explain_no_connection(self, error: Exception) -> NoAnswer:
-        """Return in words why no connection could be opened, and to what."""
-        proxy = self._pool.proxy
-        host = self._pool.host
+    def _explain_no_connection(self, host: str, error: Exception) -> NoAnswer:
+        """Return in words why no connection to `host` could be opened."""
         place = self._host
         advice = CHECK_URL
-        if proxy is not None:
-            host = str(proxy.host)
-            place = f"the proxy {proxy.host}:{proxy.port}"
+        if self._proxy is not None:
+            place = f"the proxy {self._proxy.host}:{self._proxy.port}"
             advice = "check HTTPS_PROXY and ALL_PROXY"
         refusal = re.search(r"Tunnel connection failed: ((\d+).*)", str(error))
         if refusal:
@@ -1002,44 +1022,41 @@ class Transport:
                 " REQUESTS_CA_BUNDLE is for a company's own CA"
             )
             return NoAnswer(reason, is_retryable=False)
-        if isinstance(error, urllib3_errors.NameResolutionError):
+        if isinstance(error, socket.gaierror):
             return NoAnswer(f"the host name {host} is unknown (DNS): {advice}")
-        detail = str(error)
-        if isinstance(error, urllib3_errors.NewConnectionError):
-            detail = getattr(error.__cause__, "strerror", None) or detail
-        elif isinstance(error, (TimeoutError, urllib3_errors.TimeoutError)):
+        detail = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, TimeoutError):
             detail = "no answer in time"
         elif isinstance(error, ssl.SSLError):
             detail = f"not encrypted: {error}"
         return NoAnswer(f"no connection to {place} ({detail}): {advice}")
 
 
-class NetworkSettingsError(Exception):
-    """The proxy or the CA file of the environment cannot be used."""
+_CONNECTION_ERRORS = (OSError, http.client.HTTPException, urllib3_errors.HTTPError)
 
 
-def _open_pool(base_url: str, size: int) -> urllib3.HTTPConnectionPool:
-    context = _make_tls_context()
-    options: dict[str, Any] = {"ssl_context": context, "maxsize": size}
-    proxy = select_proxy(base_url, get_environ_proxies(base_url))
-    if not proxy or base_url.startswith("http:"):
-        # Plain http is for this machine only, and would show the key to a proxy.
-        return urllib3.PoolManager(**options).connection_from_url(base_url)
-    if "://" not in proxy:
-        proxy = f"http://{proxy}"
+def _find_proxy(base_url: str) -> Url | None:
+    """Return the proxy that the environment names. Raises NetworkSettingsError."""
+    text = select_proxy(base_url, get_environ_proxies(base_url))
+    # Plain http is for this machine only, and would show the key to a proxy.
+    if not text or base_url.startswith("http:"):
+        return None
+    if "://" not in text:
+        text = f"http://{text}"
     try:
-        url = urllib3.util.parse_url(proxy)
-        if url.path not in (None, "/") or url.query or url.fragment:
-            raise ValueError  # noqa: TRY301 - the same sentence as for other forms
-        headers = urllib3.make_headers(proxy_basic_auth=unquote(url.auth or ""))
-        options.update(proxy_headers=headers, proxy_ssl_context=context)
-        return urllib3.ProxyManager(proxy, **options).connection_from_url(base_url)
-    except ValueError:
-        raise NetworkSettingsError(
-            "HTTPS_PROXY or ALL_PROXY cannot be used: it must be like"
-            " http://user:password@host:port, with / ? # @ in the password as"
-            " %2F %3F %23 %40"
-        ) from None
+        proxy = parse_url(text)
+        default_port = port_by_scheme[proxy.scheme or ""]
+    except (ValueError, KeyError):
+        raise NetworkSettingsError(_UNUSABLE_PROXY) from None
+    if not proxy.host or proxy.path not in (None, "/") or proxy.query or proxy.fragment:
+        raise NetworkSettingsError(_UNUSABLE_PROXY)
+    return proxy._replace(port=proxy.port or default_port)
+
+
+_UNUSABLE_PROXY = (
+    "HTTPS_PROXY or ALL_PROXY cannot be used: it must be like"
+    " http://user:password@host:port, with / ? # @ in the password as %2F %3F %23 %40"
+)
 
 
 def _make_tls_context() -> ssl.SSLContext:
@@ -1086,7 +1103,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def parse_api_key(text: str) -> str:
-    """Return the key if it can be a header. Raises ValueError."""
+    """Return the key, or "" for none. Raises ValueError if it cannot be a header."""
     if not re.fullmatch("[!-~]*", text):
         raise ValueError("has a character that no key has: copy it again")
     return text
@@ -1100,12 +1117,6 @@ class Call:
     identity: Identity
     payload: str  # JSON
     result: CallResult | None = None
-    is_cancelled: bool = False  # the run ended before it was sent, or sent singly
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the call is still to be made."""
-        return self.result is None and not self.is_cancelled
 
 
 @dataclass(slots=True)
@@ -1122,12 +1133,7 @@ class UserCalls:
         return [self.update] if self.event is None else [self.update, self.event]
 
     @property
-    def open_calls(self) -> list[Call]:
-        """The calls that are still to be made."""
-        return [call for call in self.calls if call.is_open]
-
-    @property
-    def made(self) -> list[CallResult]:
+    def results(self) -> list[CallResult]:
         """The results that there are."""
         return [call.result for call in self.calls if call.result is not None]
 
@@ -1136,43 +1142,31 @@ class UserCalls:
         """Bytes that the user adds to the bodies of a group."""
         return sum(len(call.payload) for call in self.calls)
 
-    def cancel(self) -> None:
-        """Cancel the calls that are still to be made."""
-        for call in self.open_calls:
-            call.is_cancelled = True
-
-
-Announce = Callable[[Sequence[UserCalls]], None]
-
 
 class _Request(NamedTuple):
-    """What is sent for a call, and about whom."""
+    """What is sent for a call, and what reads its answer: status and text."""
 
     endpoint: Endpoint
     body: bytes
-    identities: Sequence[Identity] = ()
-
-    def interpret(self, status: int, text: str) -> CallResult:
-        """Return what an answer to the request means."""
-        if self.endpoint is USERS_GET_FIELDS:
-            return interpret_fields(status, text)
-        if self.endpoint.items_key:
-            return interpret_group(self.endpoint, status, text, self.identities)
-        return interpret(self.endpoint, status, text, self.identities)
+    interpret: Callable[[int, str], CallResult]
 
 
-_GET_FIELDS = _Request(USERS_GET_FIELDS, b"")
+_GET_FIELDS = _Request(USERS_GET_FIELDS, b"", interpret_fields)
+_UPDATE_NOBODY = _Request(USERS_UPDATE, b"{}", partial(interpret, USERS_UPDATE))
 
 
 def _make_request(calls: Sequence[Call]) -> _Request:
     """Return the request of a call, or one bulk request in place of several."""
-    endpoint = calls[0].endpoint
-    body = calls[0].payload
-    if len(calls) > 1:
-        endpoint = BULK_ENDPOINTS[endpoint]
-        items = ",".join(call.payload for call in calls)
-        body = f'{{"{endpoint.items_key}":[{items}]}}'
-    return _Request(endpoint, body.encode(), [call.identity for call in calls])
+    first = calls[0]
+    endpoint = first.endpoint
+    if len(calls) == 1:
+        read = partial(interpret, endpoint, identity=first.identity)
+        return _Request(endpoint, first.payload.encode(), read)
+    bulk = BULK_ENDPOINTS[endpoint]
+    items = ",".join(call.payload for call in calls)
+    identities = [call.identity for call in calls]
+    read = partial(interpret_group, bulk, identities=identities)
+    return _Request(bulk, f'{{"{bulk.items_key}":[{items}]}}'.encode(), read)
 
 
 class IterableClient:
@@ -1211,8 +1205,7 @@ class IterableClient:
             "Content-Type": "application/json",
             "User-Agent": "iterable-integration/3",
         }
-        size = workers + 1  # one for `is_available`
-        self._transport = Transport(base_url, headers, timeout=timeout, size=size)
+        self._transport = Transport(base_url, headers, timeout=timeout)
         #: Of all calls.
         self.attempts_made = 0
         self.retries_made = 0
@@ -1232,17 +1225,12 @@ class IterableClient:
         calls = self.count_calls(users, 0, bulk=bulk)
         return calls / (self._share * endpoint.limit)
 
-    def sender(self, announce: Announce, *, bulk: bool) -> Sender:
-        """Return a sender for the users of a run, singly or in groups.
-
-        `announce` is called with users in the moment before they are sent.
-        """
-        return Sender(self, announce, bulk=bulk)
-
     def check_key(self) -> CallResult:
-        """Make a users/update call without a user. A 400 means the key is accepted."""
-        result = self._call(_Request(USERS_UPDATE, b"{}"))
-        return result or _make_failure(USERS_UPDATE, "stopped")
+        """Make a users/update call without a user.
+
+        With a good key Iterable answers 400, because there is no user, else 401.
+        """
+        return self._call(_UPDATE_NOBODY) or _make_failure(USERS_UPDATE, "stopped")
 
     def get_fields(self) -> CallResult:
         """Ask users/getFields for the fields of users. It changes nothing."""
@@ -1255,27 +1243,19 @@ class IterableClient:
         """
         request = _GET_FIELDS if good_call is None else _make_request([good_call])
         result = self._call(request, max_attempts=self.PROBE_ATTEMPTS)
-        is_ending = self.control.no_new_users.is_set()
-        return is_ending or result is None or result.is_usable
+        if result is None or self.control.no_new_users.is_set():
+            return True
+        return result.is_usable
 
-    def post_one(self, call: Call) -> CallResult | None:
-        """Make a call about one user. None if the run ended before it was sent."""
-        return self._post([call])
+    def post(self, calls: Sequence[Call]) -> CallResult | None:
+        """Make a call, or one bulk call in place of several of one endpoint.
 
-    def post_group(self, calls: Sequence[Call]) -> CallResult | None:
-        """Make one bulk call in place of several of one endpoint, as `post_one`."""
-        return self._post(calls)
-
-    def _post(self, calls: Sequence[Call]) -> CallResult | None:
-        """Make a call whose answer concerns the run. A refused key ends it."""
+        None if the run ended before it was sent. A refused key ends the run.
+        """
         result = self._call(_make_request(calls))
-        if result is None:
-            return None
-        if result.is_refused_key:
-            # Not by `abandon_started`: it has no effect if the run is ending already.
-            self.control.nothing_more.set()
-            self.control.end(KeyRefused(result.reason))
-        if result.dropped_fields:
+        if result is not None and result.is_refused_key:
+            self.control.abort(KeyRefused(result.reason))
+        if result is not None and result.dropped_fields:
             self._warn_of_dropped_fields(result.dropped_fields)
         return result
 
@@ -1294,9 +1274,11 @@ class IterableClient:
         throttled_since = None
         for number in itertools.count(1):
             try:
-                result, retry_after = self._attempt(request, number, cancelled)
+                attempt = self._attempt(request, cancelled)
             except TurnCancelled:
                 break
+            self._count_attempt(number)
+            result = replace(attempt, attempts=number)
             cancelled = no_new_users  # no retry is worth delaying the end
             if result.status == 429:
                 throttled_since = throttled_since or monotonic()
@@ -1307,31 +1289,26 @@ class IterableClient:
             failures += 1
             if not result.is_retryable or failures >= max_attempts:
                 break
-            wait = self._retry.compute_wait(failures, retry_after)
+            wait = self._retry.compute_wait(failures, result.retry_after)
             log.debug("%s: next attempt in %.1f s", result.headline, wait)
             if no_new_users.wait(wait):
                 break
         return result
 
-    def _attempt(
-        self, request: _Request, number: int, cancelled: threading.Event
-    ) -> tuple[CallResult, float | None]:
-        """Return the result of attempt `number`, and its Retry-After in seconds.
-
-        Raises TurnCancelled.
-        """
-        if cancelled.is_set():
+    def _attempt(self, request: _Request, cancelled: threading.Event) -> CallResult:
+        """Send a request once. Raises TurnCancelled if it may not be sent any more."""
+        if cancelled.is_set():  # so that no connection is opened
             raise TurnCancelled
         endpoint = request.endpoint
         limiter = self._limiters[endpoint]
-        wait_for_turn = functools.partial(limiter.wait_for_turn, cancelled)
-        retry_after = None
+        wait_for_turn = partial(limiter.wait_for_turn, cancelled)
         try:
             answer = self._transport.exchange(endpoint, request.body, wait_for_turn)
             retry_after = self._retry.parse_retry_after(answer.retry_after)
             if answer.status == 429:
                 limiter.slow_down(answer.sent_at, retry_after)
             result = request.interpret(answer.status, answer.text)
+            result = replace(result, retry_after=retry_after)
         except TurnCancelled:
             raise
         except NoAnswer as error:
@@ -1341,11 +1318,13 @@ class IterableClient:
             log.exception("Unexpected error", extra=FILE_ONLY)
             reason = f"an unexpected error ({type(error).__name__}): see the log file"
             result = replace(_make_failure(endpoint, reason), is_unexpected=True)
+        return self._redact_result(result)
+
+    def _count_attempt(self, number: int) -> None:
         with self._lock:
             self.attempts_made += 1
             if number > 1:
                 self.retries_made += 1
-        return self._redact_result(replace(result, attempts=number)), retry_after
 
     def _warn_of_dropped_fields(self, fields: frozenset[str]) -> None:
         with self._lock:
@@ -1378,14 +1357,21 @@ def _make_failure(endpoint: Endpoint, reason: str) -> CallResult:
 
 # Sending many users
 
+# The users of a group share one users/bulkUpdate and one events/trackBulk. Iterable
+# states no number of users; a thousand is what its own clients send.
+MAX_GROUP_USERS = 1000
+# Of both bodies together. Iterable takes 4 MB of users, and states no limit for events.
+MAX_GROUP_BYTES = 1_000_000
+# Users of a bulk run in flight. More would only wait for their turn, and take memory.
+MAX_BULK_IN_FLIGHT = 10_000
 UNUSABLE_IN_A_ROW = 20  # users without a usable answer: Iterable may be down
-# Bytes of addresses that must be free, or a new thread may hang or crash for lack of a
-# stack and a memory arena.
+# Bytes of virtual memory that must be free when a thread is started, for its stack and
+# its heap. With less, it may hang or crash.
 THREAD_ROOM = 200_000_000
 
 
 def require_thread_room() -> None:
-    """Raise OSError if there are no addresses left for another thread."""
+    """Raise OSError if there is not enough virtual memory for another thread."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     mmap.mmap(-1, THREAD_ROOM, flags, mmap.PROT_READ).close()
 
@@ -1398,12 +1384,17 @@ class Sender(AbstractContextManager["Sender"]):
     """Sends users in threads, and hands each back when its calls are finished.
 
     With `bulk` they go in groups, and those whom the answer to their group does not
-    confirm get the single calls. A `with` block, whose end waits for the calls in
-    flight. One thread, the caller's, uses it; the workers only make calls.
+    confirm get the single calls. `announce` is called with users in the moment before
+    they are sent. A `with` block, whose end waits for the calls in flight. One thread,
+    the caller's, uses it; the workers only make calls.
     """
 
     def __init__(
-        self, client: IterableClient, announce: Announce, *, bulk: bool
+        self,
+        client: IterableClient,
+        announce: Callable[[Sequence[UserCalls]], None],
+        *,
+        bulk: bool,
     ) -> None:
         self._client = client
         self._announce = announce
@@ -1416,22 +1407,22 @@ class Sender(AbstractContextManager["Sender"]):
         # No SimpleQueue: in Python 3.10 its time-out may never end.
         self._done: queue.Queue[Future[list[UserCalls]]] = queue.Queue()
         self._workers = ThreadPoolExecutor(client.workers)
-        self._outages = _OutageWatch(client)
+        self._unusable_in_a_row = 0  # users without a usable answer
+        self._good_call: Call | None = None  # the last update that Iterable accepted
 
     def __exit__(self, *_: object) -> None:
         """Wait for the calls in flight."""
         self._workers.shutdown()
-        self._outages.shutdown()
 
     @property
     def is_full(self) -> bool:
         """Whether no further user should be submitted now."""
-        return self._in_flight >= self._max_in_flight or self._outages.is_asking
+        return self._in_flight >= self._max_in_flight
 
     @property
     def is_idle(self) -> bool:
-        """Whether no user is in flight, apart from those that `flush` would send."""
-        return self._in_flight == 0 and not self._outages.is_asking
+        """Whether no user is in flight. Those of an open group are not."""
+        return self._in_flight == 0
 
     def submit(self, user: UserCalls) -> None:
         """Add a user to the open group, and flush that when it is full."""
@@ -1455,19 +1446,20 @@ class Sender(AbstractContextManager["Sender"]):
     def collect(self, seconds: float = 0.0) -> list[UserCalls]:
         """Return the users who are finished, after up to `seconds` for the first.
 
-        Raises NoRoomForThread, and what a worker raised that nobody foresaw.
+        Before, it may ask whether Iterable is down, and end the run. Raises
+        NoRoomForThread, and what a worker raised that nobody foresaw.
         """
+        if self._unusable_in_a_row >= UNUSABLE_IN_A_ROW:
+            self._look_for_outage()
         finished: list[UserCalls] = []
         wait = seconds
         while True:
             try:
                 future = self._done.get(block=wait > 0, timeout=wait)
             except queue.Empty:
-                break
+                return finished
             wait = 0.0
             finished += self._take_back(future.result())
-        self._outages.look()
-        return finished
 
     def _start(self, group: list[UserCalls]) -> None:
         try:
@@ -1484,111 +1476,80 @@ class Sender(AbstractContextManager["Sender"]):
         """Return the finished users of a group, and send each other one singly."""
         finished = []
         for user in group:
-            # A user whose update has ended still gets the event, if it may be sent.
-            if any(self._forbids(call) for call in user.open_calls):
-                user.cancel()
-            if user.open_calls:
+            open_calls = [call for call in user.calls if not self._has_ended(call)]
+            if open_calls and not any(self._is_forbidden(call) for call in open_calls):
                 self._start([user])
-                continue
-            self._in_flight -= 1
-            self._outages.note(user)
-            finished.append(user)
+            else:
+                self._in_flight -= 1
+                self._note(user)
+                finished.append(user)
         return finished
 
-    def _forbids(self, call: Call) -> bool:
+    def _is_forbidden(self, call: Call) -> bool:
         """Whether the call may not start any more."""
         return self._client.control.get_stop(call.endpoint).is_set()
 
+    def _has_ended(self, call: Call) -> bool:
+        """Whether the call has a result, and no single call will follow."""
+        if call.result is None:
+            return False
+        return not call.result.is_provisional or self._is_forbidden(call)
+
     def _send(self, group: list[UserCalls]) -> list[UserCalls]:
-        """Make the calls of a group that are still open. Runs in a worker."""
-        self._make_calls([user.update for user in group if user.update.is_open])
-        events: list[Call] = []  # of users whose update was made
+        """Make the calls of a group that have not ended. Runs in a worker."""
+        updates = [user.update for user in group]
+        self._make_calls([call for call in updates if not self._has_ended(call)])
+        events = []
         for user in group:
-            result = user.update.result
-            if user.update.is_cancelled:
-                user.cancel()
-            elif result is not None and result.is_forgotten:
+            updated = user.update.result
+            if updated is not None and updated.is_forgotten:
                 user.event = None  # Iterable would refuse it, too
-            elif result is not None:
-                events += user.open_calls
-        self._make_calls(events)
+            elif user.event is not None and self._has_ended(user.update):
+                events.append(user.event)
+        self._make_calls([call for call in events if not self._has_ended(call)])
         return group
 
     def _make_calls(self, calls: list[Call]) -> None:
         """Make calls of one endpoint, together if there are several.
 
-        A call that a group's answer does not confirm stays open.
+        None gets a result if the run ended before. Users whom the answer to a group
+        names as failed get none either, and so a single call.
         """
-        if not calls:
-            return
-        is_group = len(calls) > 1
-        if is_group:
-            result = self._client.post_group(calls)
-        else:
-            result = self._client.post_one(calls[0])
+        result = self._client.post(calls) if calls else None
         if result is None:
-            for call in calls:
-                call.is_cancelled = True
             return
-        if is_group and result.ok:
-            confirmed = result.confirmed
-            calls = [call for call in calls if call.identity.value in confirmed]
-        elif is_group and not self._forbids(calls[0]):  # else this is their result
-            text = "%s: %s; its %d users are sent singly"
+        if result.is_provisional:
+            text = "%s: %s; its %d users are sent singly, unless the run is ending"
             log.info(text, result.headline, result.reason, len(calls), extra=FILE_ONLY)
-            return
         for call in calls:
-            call.result = result
+            if (
+                len(calls) == 1
+                or not result.ok
+                or call.identity.value in result.confirmed
+            ):
+                call.result = result
 
-
-class _OutageWatch:
-    """Tells an outage from single users whom Iterable answers with errors for ever.
-
-    After many users in a row without a usable answer, it asks whether Iterable takes a
-    call that is known to be good. If not, the run is given up.
-    """
-
-    def __init__(self, client: IterableClient) -> None:
-        self._client = client
-        self._unusable_in_a_row = 0
-        self._good_call: Call | None = None
-        self._question: Future[bool] | None = None
-        # A thread of its own, because the workers are busy with calls that fail.
-        self._asker = ThreadPoolExecutor(1)
-
-    @property
-    def is_asking(self) -> bool:
-        """Whether the answer is still to come."""
-        return self._question is not None
-
-    def note(self, user: UserCalls) -> None:
-        """Count a finished user, in the order in which they are collected."""
-        if self._client.control.no_new_users.is_set() or not user.made:
-            return
-        update = user.update
-        if update.result is not None and update.result.ok:
-            self._good_call = update
-        self._unusable_in_a_row += 1
-        if any(result.is_usable for result in user.made):
+    def _note(self, user: UserCalls) -> None:
+        """Count users in a row without a usable answer, in the order they finish."""
+        update = user.update.result
+        if update is not None and update.ok:
+            self._good_call = user.update
+        if any(result.is_usable for result in user.results):
             self._unusable_in_a_row = 0
-        if self._unusable_in_a_row >= UNUSABLE_IN_A_ROW and not self.is_asking:
-            ask = self._client.is_available
-            self._question = self._asker.submit(ask, self._good_call)
+        elif user.results:
+            self._unusable_in_a_row += 1
 
-    def look(self) -> None:
-        """End the run if the answer has come and is no."""
-        if self._question is None or not self._question.done():
-            return
-        is_available = self._question.result()
-        self._question = None
+    def _look_for_outage(self) -> None:
+        """End the run if Iterable does not take a call that is known to be good.
+
+        If it does, the users in a row are single ones whom it answers with errors for
+        ever. No new user starts while it is asked.
+        """
         self._unusable_in_a_row = 0
-        if not is_available:
-            error = IterableUnavailable(
-                f"{UNUSABLE_IN_A_ROW} users in a row got no usable answer, and Iterable"
-                " takes no call that is known to be good either"
+        if not self._client.is_available(self._good_call):
+            self._client.control.abort(
+                IterableUnavailable(
+                    f"{UNUSABLE_IN_A_ROW} users in a row got no usable answer, and"
+                    " Iterable takes no call that is known to be good either"
+                )
             )
-            self._client.control.end(error, abandon_started=True)
-
-    def shutdown(self) -> None:
-        """Wait for the thread."""
-        self._asker.shutdown()

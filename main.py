@@ -134,7 +134,7 @@ from iterable_client import (
     parse_api_key,
     parse_base_url,
     require_thread_room,
-    to_compact_json,
+    encode_payload,
 )
 from logger_config import (
     CONSOLE_ONLY,
@@ -639,7 +639,7 @@ class Delivery:
     @property
     def results(self) -> list[CallResult]:
         """The results of the calls that were made."""
-        return [] if self.calls is None else self.calls.made
+        return [] if self.calls is None else self.calls.results
 
     @property
     def status(self) -> Status:
@@ -665,7 +665,7 @@ class Delivery:
     def reasons(self) -> list[Reason]:
         """Why the user failed, one for each call that did; none for the others."""
         if self.problem is not None:
-            return [Reason(self.problem.brief, str(self.problem))]
+            return [Reason(self.problem.problem, str(self.problem))]
         if not self.status.is_failure:
             return []
         reasons = [make_reason(result) for result in self.results if not result.ok]
@@ -770,8 +770,8 @@ class DeliveryPlanner:
 
         It gets none in a dry run, or if --changed-only finds them delivered.
         """
-        update_json = to_compact_json(update)
-        event_json = "" if event is None else to_compact_json(event)
+        update_json = encode_payload(update)
+        event_json = "" if event is None else encode_payload(event)
         content = f"{update_json} {event_json} {self._project}"
         fingerprint = hashlib.sha256(content.encode()).hexdigest()
         delivery.fingerprint = fingerprint
@@ -1249,7 +1249,7 @@ class DeliveryRun:
         An error ends the run. What was delivered by then is recorded all the same.
         """
         client = self._client
-        with client.sender(self._announce, bulk=self._options.bulk) as sender:
+        with Sender(client, self._announce, bulk=self._options.bulk) as sender:
             try:
                 self._send_with(sender, deliveries)
             except Exception as error:  # noqa: BLE001 - every user goes on record

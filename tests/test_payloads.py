@@ -21,7 +21,7 @@ from iterable_client import (
     make_reset_payload,
     make_user_payload,
     normalize_email,
-    to_compact_json,
+    encode_payload,
 )
 from lab.clients import ROW
 
@@ -338,7 +338,7 @@ def test_any_row_has_payloads_or_is_unusable(
         return
 
     for payload in (user, event):
-        text = to_compact_json(payload)
+        text = encode_payload(payload)
         assert text.isascii()
         assert json.loads(text) == payload
         assert payload[identify_by.value] == identity.value
@@ -347,4 +347,4 @@ def test_any_row_has_payloads_or_is_unusable(
 
 
 def test_json_has_no_spaces_and_is_ascii() -> None:
-    assert to_compact_json({"a": ["ä", 1]}) == '{"a":["\\u00e4",1]}'
+    assert encode_payload({"a": ["ä", 1]}) == '{"a":["\\u00e4",1]}'

@@ -24,7 +24,6 @@ from iterable_client import (
     NoAnswer,
     RetryPolicy,
     RunControl,
-    TurnCancelled,
     UserCalls,
 )
 from lab.expected import address
@@ -182,11 +181,10 @@ class ScriptedTransport:
         self._changed = threading.Condition()
 
     def exchange(
-        self, endpoint: Endpoint, body: bytes, wait_for_turn: Callable[[], bool]
+        self, endpoint: Endpoint, body: bytes, wait_for_turn: Callable[[], None]
     ) -> HttpAnswer:
         """Take the place of `Transport.exchange`."""
-        if not wait_for_turn():
-            raise TurnCancelled
+        wait_for_turn()
         sent_at = iterable_client.monotonic()  # type: ignore[attr-defined]
         users = find_users(endpoint, body)
         with self._changed:
