@@ -374,8 +374,8 @@ def assert_all_calls_are_on_record(ended: Ended, standin: StandIn) -> None:
 @pytest.mark.parametrize(
     ("breaks", "words", "error"),
     [
-        ("iterable_client.IterableClient.post_one", "user5@", "ZeroDivisionError"),
-        ("iterable_client.IterableClient.post_one", "user5@", "MemoryError"),
+        ("iterable_client.IterableClient.post", "user5@", "ZeroDivisionError"),
+        ("iterable_client.IterableClient.post", "user5@", "MemoryError"),
         ("logger_config.ResultsFile.add", "user5@", "ZeroDivisionError"),
         ("logger_config.ResultsFile.announce", "", "ZeroDivisionError"),
     ],

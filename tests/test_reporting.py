@@ -208,7 +208,7 @@ def test_a_summary() -> None:
         "calls": 7,
         "retries": 2,
         "duration_seconds": 2.0,
-        "users_per_second": 3.0,
+        "users_per_second": 3.5,
         "failure_reasons": [
             {
                 "endpoint": "users/update",
@@ -558,7 +558,7 @@ Cannot be sent: 1
 Unchanged since they were delivered, not sent again: 1
   1 user: no address: correct it
 Results: {RESULTS}
-Time: 0.5 s, 2.0 users a second
+Time: 0.5 s, 4.0 users a second
 """
     )
 
@@ -656,7 +656,7 @@ def test_ten_reasons_are_shown_the_most_frequent_first(screen: Screen) -> None:
     assert lines[0] == "  2 users: users/update 400 BadParams: frequent"
     assert lines[1] == "  1 user: users/update 400 BadParams: reason 3"
     assert lines[9] == "  1 user: users/update 400 BadParams: reason 11"
-    assert lines[10] == "  2 more reasons stand in the results file"
+    assert lines[10] == "  More reasons, in the results file: 2"
 
 
 def test_a_quiet_success_shows_nothing(screen: Screen) -> None:
