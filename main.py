@@ -711,6 +711,7 @@ class Leaver(NamedTuple):
 User = PageViewRow | Leaver
 
 
+@dataclass
 class DeliveryPlanner:
     """Decides what is to be sent to a user.
 
@@ -718,21 +719,18 @@ class DeliveryPlanner:
     other: only the first is sent.
     """
 
-    def __init__(self, settings: Settings, memory: Memory, options: Options) -> None:
-        self._identify_by = settings.iterable_identify_by
-        # Part of each fingerprint: with another project or key, all are sent again.
-        self._project = f"{settings.iterable_api_base_url} {settings.iterable_api_key}"
-        self._memory = memory
-        self._options = options
-        # Which customer has an identity, or a view.
-        self._customers: dict[Identity | str, Value] = {}
+    settings: Settings
+    memory: Memory
+    options: Options
+    # Which customer has an identity, or an event.
+    customers: dict[Identity | str, Value] = field(default_factory=dict)
 
     def plan(self, number: int, user: User) -> Delivery:
         """Return what is to be sent to a user, or why nothing can be."""
         row = user._asdict()
         event = None
         try:
-            identity = identify(row, self._identify_by)
+            identity = identify(row, self.settings.iterable_identify_by)
             if isinstance(user, Leaver):
                 update = make_reset_payload(identity)
             else:
@@ -750,10 +748,10 @@ class DeliveryPlanner:
             calls.event = Call(EVENTS_TRACK, identity, encode_payload(event))
         fingerprint = self._compute_fingerprint(calls)
         delivery.fingerprint = fingerprint
-        is_delivered = self._memory.has_delivered(user.user_id, fingerprint)
-        if is_delivered and self._options.changed_only:
+        is_delivered = self.memory.has_delivered(user.user_id, fingerprint)
+        if is_delivered and self.options.changed_only:
             delivery.skipped_as = Status.UNCHANGED
-        elif self._options.dry_run:
+        elif self.options.dry_run:
             delivery.skipped_as = Status.WOULD_SEND
             delivery.payloads = {"users_update": update, "events_track": event}
         else:
@@ -762,7 +760,7 @@ class DeliveryPlanner:
 
     def _check_clashes(self, identity: Identity, event_id: str, user_id: Value) -> None:
         """Raise UnusableRow if an earlier row has the identity or the view."""
-        customers = self._customers
+        customers = self.customers
         if identity in customers:
             other = customers[identity]
             if str(other) == str(user_id):
@@ -775,10 +773,11 @@ class DeliveryPlanner:
         customers[event_id] = user_id
 
     def _compute_fingerprint(self, calls: UserCalls) -> str:
-        """Return what is the same for the same payloads in the same project."""
-        payloads = [call.payload for call in calls.calls]
-        content = " ".join([*payloads, self._project])
-        return hashlib.sha256(content.encode()).hexdigest()
+        """Return what changes with a payload, with the project and with its key."""
+        parts = [call.payload for call in calls.calls]
+        parts.append(self.settings.iterable_api_base_url)
+        parts.append(self.settings.iterable_api_key)
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 # Counting and reporting
@@ -994,30 +993,33 @@ class Narrator:
     def show_summary(self, ending: Ending, results: Path, seconds: float) -> None:
         """Show how the run ended. Under --quiet that is shown only if it is news."""
         tally = self._tally
-        is_news = bool(ending.why or tally.new_reasons)
-        level = logging.WARNING if is_news else logging.INFO  # for --quiet
+        level = logging.INFO
+        if ending.why or tally.new_reasons:
+            level = logging.WARNING
         log.log(level, "", extra=CONSOLE_ONLY)
         if ending.why:
             log.error("The run ended early: %s", ending.why)
-        log.log(level, "INTEGRATION SUMMARY")
-        # In the words of the exercise. It counts users who were not attempted, too.
-        log.log(level, "Total users processed: %d", tally.total)
+        # In the words of the exercise: users who were not attempted are counted, too.
+        lines = ["INTEGRATION SUMMARY", f"Total users processed: {tally.total}"]
         words = DRY_RUN_WORDS if self._is_dry_run else RUN_WORDS
         for status, text in words.items():
-            log.log(level, "%s: %d", text, tally.counts[status])
+            lines.append(f"{text}: {tally.counts[status]}")
         for status, text in OTHER_WORDS.items():
             if tally.counts[status]:
-                log.log(level, "%s: %d", text, tally.counts[status])
-        show_reasons(tally.new_reasons, ending, level)
-        # Known only with --quiet, which keeps INFO from the console.
-        show_reasons(tally.known_reasons, ending, logging.INFO)
+                lines.append(f"{text}: {tally.counts[status]}")
+        lines += list_reasons(tally.new_reasons, ending)
+        for line in lines:
+            log.log(level, "%s", line)
+        for line in list_reasons(tally.known_reasons, ending):
+            log.info("%s", line)  # not shown: failures are known under --quiet only
         log.log(level, "Results: %s", results)
         speed = tally.compute_speed(seconds)
         log.log(level, "Time: %.1f s, %.1f users a second", seconds, speed)
 
 
-def show_reasons(reasons: Counter[Reason], ending: Ending, level: int) -> None:
-    """Show the most frequent reasons of failure."""
+def list_reasons(reasons: Counter[Reason], ending: Ending) -> list[str]:
+    """Return a line for each of the most frequent reasons of failure."""
+    lines = []
     for reason, count in reasons.most_common(MAX_SHOWN_REASONS):
         users = "1 user" if count == 1 else f"{count} users"
         text = f"{reason.brief}: {reason.text}"
@@ -1025,10 +1027,11 @@ def show_reasons(reasons: Counter[Reason], ending: Ending, level: int) -> None:
             text = reason.text  # which begins with what the brief says
         elif reason.text in ending.why:
             text = reason.brief  # the rest is shown already
-        log.log(level, "  %s: %s", users, text)
+        lines.append(f"  {users}: {text}")
     hidden = len(reasons) - MAX_SHOWN_REASONS
     if hidden > 0:
-        log.log(level, "  More reasons, in the results file: %d", hidden)
+        lines.append(f"  More reasons, in the results file: {hidden}")
+    return lines
 
 
 # The machine
@@ -1050,9 +1053,9 @@ def limit_workers(max_workers: int) -> int:
         allowed = soft
     workers = max(1, min(max_workers, allowed - OTHER_OPEN_FILES))
     if workers < max_workers:
+        text = f"{workers} calls in flight instead of MAX_WORKERS={max_workers}"
         cause = f"this account may open {allowed} files only (ulimit -n)"
-        text = "⚠ %d calls in flight instead of MAX_WORKERS=%d: %s"
-        log.info(text, workers, max_workers, cause)
+        log.info("⚠ %s: %s", text, cause)
     return workers
 
 
@@ -1316,8 +1319,8 @@ def show_duration(client: IterableClient, users: int) -> None:
     """Say how long a large run takes singly, and in bulk."""
     singly = client.estimate_seconds(users, bulk=False)
     in_bulk = client.estimate_seconds(users, bulk=True)
-    text = "%d users take %.0f s or more; with --bulk %.0f s or more"
-    log.info(text, users, singly, in_bulk)
+    text = f"{users} users take {singly:.0f} s or more"
+    log.info("%s; with --bulk %.0f s or more", text, in_bulk)
 
 
 def show_cost(client: IterableClient, tally: Tally, *, bulk: bool) -> None:
@@ -1392,7 +1395,7 @@ class Checklist:
     def __init__(self, options: Options, control: RunControl) -> None:
         self._options = options
         self._control = control
-        self._stack = contextlib.ExitStack()  # holds the connection to the database
+        self._stack = contextlib.ExitStack()  # closes the connection to the database
         self._exit_code: int = ExitCode.SUCCESS
 
     def run(self) -> int:
