@@ -77,33 +77,26 @@ def find_installation_fault() -> str | None:
     for module in ("db_connection", "iterable_client", "logger_config"):
         if not (HERE / f"{module}.py").is_file():
             return f"{module}.py is missing in {HERE}: copy the whole folder"
-    for package in PACKAGES:
-        fault = find_package_fault(package)
-        if fault is not None:
-            return f"{fault}: {INSTALL}"
-    return None
-
-
-def find_package_fault(package: str) -> str | None:
-    """Return why a package cannot be used."""
-    module, oldest = PACKAGES[package]
-    try:
-        version = metadata.version(package)
-        if version is None:  # pip was interrupted
-            return f"{package} is not whole"
-        if parse_version(version) < parse_version(oldest):
-            return f"{package} {version} is too old, {oldest} is needed"
-        importlib.import_module(module)
-    except metadata.PackageNotFoundError:
-        return f"The package {package} is not installed for {sys.executable}"
-    except ImportError as error:
-        return f"{package} cannot be imported ({error})"
+    for package, (module, oldest) in PACKAGES.items():
+        try:
+            # None if pip was interrupted.
+            version = metadata.version(package) or "without its version"
+            if parse_version(version) < parse_version(oldest):
+                fault = f"{package} {version} is installed"
+                return f"{fault}, {oldest} or newer is needed: {INSTALL}"
+            importlib.import_module(module)
+        except metadata.PackageNotFoundError:
+            python = sys.executable
+            return f"The package {package} is not installed for {python}: {INSTALL}"
+        except ImportError as error:
+            return f"{package} cannot be imported ({error}): {INSTALL}"
     return None
 
 
 def parse_version(text: str) -> list[int]:
     """Return the numbers of a version."""
-    return [int(number) for number in re.findall("[0-9]+", text)]
+    numbers = re.findall("[0-9]+", text)
+    return [int(number) for number in numbers]
 
 
 if __name__ == "__main__":
@@ -460,7 +453,8 @@ def find_network_variables(
 
 def find_misspelt_names(names: Iterable[str]) -> list[str]:
     """Return a sentence for each name that resembles a setting's and is none."""
-    known = [*SETTINGS, *NETWORK_VARIABLES, *(f"{name}_FILE" for name in SECRETS)]
+    secret_files = [f"{name}_FILE" for name in SECRETS]
+    known = [*SETTINGS, *NETWORK_VARIABLES, *secret_files]
     hints = []
     for name in names:
         upper = name.upper()
@@ -573,9 +567,10 @@ def parse_arguments(argv: Sequence[str] | None) -> Options:
             "--reset-left and --limit exclude each other: the users beyond the limit"
             " would look as if they had left"
         )
-    given = {name for name, value in vars(options).items() if value}
-    if options.check and not given <= {"check", "quiet", "env_file"}:
-        parser.error("--check goes with --quiet and --env-file only")
+    if options.check:
+        for name, value in vars(options).items():
+            if value and name not in ("check", "quiet", "env_file"):
+                parser.error("--check goes with --quiet and --env-file only")
     return options
 
 
@@ -857,16 +852,20 @@ class Tally:
 
     def compute_speed(self, seconds: float) -> float:
         """Return how many users a second there were, without those left alone."""
-        left_alone = self.counts[Status.UNCHANGED] + self.counts[Status.NOT_ATTEMPTED]
-        done = self.counts.total() - left_alone
-        return round(done / seconds, 1) if seconds else 0.0
+        if seconds == 0:
+            return 0.0
+        counts = self.counts
+        left_alone = counts[Status.UNCHANGED] + counts[Status.NOT_ATTEMPTED]
+        done = counts.total() - left_alone
+        return round(done / seconds, 1)
 
     def make_summary(
         self, ending: Ending, client: IterableClient, seconds: float
     ) -> dict[str, Any]:
         """Return the summary of the results file."""
         counts = self.counts
-        reasons = self.new_reasons + self.known_reasons
+        untried = counts[Status.NOT_ATTEMPTED]
+        untried += counts[Status.WOULD_SEND]  # a dry run attempts nobody
         return {
             "outcome": ending.outcome,
             "exit_code": ending.exit_code,
@@ -877,23 +876,28 @@ class Tally:
             "forgotten": counts[Status.FORGOTTEN],
             "reset": counts[Status.RESET],
             "unchanged": counts[Status.UNCHANGED],
-            # A dry run attempts nobody.
-            "not_attempted": counts[Status.NOT_ATTEMPTED] + counts[Status.WOULD_SEND],
+            "not_attempted": untried,
             "calls": client.attempts_made,
             "retries": client.retries_made,
             "duration_seconds": seconds,
             "users_per_second": self.compute_speed(seconds),
-            "failure_reasons": [
-                {
-                    "endpoint": reason.endpoint,
-                    "status": reason.status,
-                    "code": reason.code,
-                    "message": reason.text,
-                    "count": count,
-                }
-                for reason, count in reasons.most_common()
-            ],
+            "failure_reasons": self._list_reasons(),
         }
+
+    def _list_reasons(self) -> list[dict[str, Any]]:
+        """Return the reasons of failure, the most frequent first."""
+        all_reasons = self.new_reasons + self.known_reasons
+        lines = []
+        for reason, count in all_reasons.most_common():
+            line = {
+                "endpoint": reason.endpoint,
+                "status": reason.status,
+                "code": reason.code,
+                "message": reason.text,
+                "count": count,
+            }
+            lines.append(line)
+        return lines
 
 
 def log_call(result: CallResult, label: str, level: int) -> None:
@@ -985,8 +989,10 @@ class Narrator:
         speed = done / tally.seconds  # of all users, for the time that is left
         left = "nobody done yet"
         if done:
-            left = f"{(tally.total - done) / speed:.0f} s left"
-        share = f"{done}/{tally.total} ({100 * done // tally.total} %)"
+            seconds_left = (tally.total - done) / speed
+            left = f"{seconds_left:.0f} s left"
+        percent = 100 * done // tally.total
+        share = f"{done}/{tally.total} ({percent} %)"
         text = f"{share}, {speed:.1f} users/s, {left}, failures: {tally.failures}"
         log.info("Progress: %s", text, extra=PROGRESS)
 
@@ -1005,8 +1011,9 @@ class Narrator:
         for status, text in words.items():
             lines.append(f"{text}: {tally.counts[status]}")
         for status, text in OTHER_WORDS.items():
-            if tally.counts[status]:
-                lines.append(f"{text}: {tally.counts[status]}")
+            count = tally.counts[status]
+            if count:
+                lines.append(f"{text}: {count}")
         lines += list_reasons(tally.new_reasons, ending)
         for line in lines:
             log.log(level, "%s", line)
@@ -1400,37 +1407,25 @@ class Checklist:
 
     def run(self) -> int:
         """Check everything, and return the exit code of the first item that fails."""
-        check = self._check
+        # Each item needs those before it in its chain, and all need the settings.
+        log_chain = [("Log file can be written", self._open_log)]
+        folder_chain = [("Results folder can be written and locked", self._use_folder)]
+        database_chain = [
+            ("Database can be reached and is new enough", self._connect),
+            ("Tables and columns of the query are usable", self._check_columns),
+            ("The latest page view is not in the future", self._check_latest_view),
+        ]
+        iterable_chain = [
+            ("Iterable can be reached", self._call_iterable),
+            ("API key is accepted", self._check_key),
+            ("Iterable's user fields have the types that are sent", self._check_fields),
+        ]
         with self._stack:
-            ready = check("Settings are complete", self._load)
-            check("Log file can be written", self._open_log, needs=ready)
-            check(
-                "Results folder can be written and locked",
-                self._use_folder,
-                needs=ready,
-            )
-            connected = check(
-                "Database can be reached and is new enough",
-                self._connect,
-                needs=ready,
-            )
-            selectable = check(
-                "Tables and columns of the query are usable",
-                self._check_columns,
-                needs=connected,
-            )
-            check(
-                "The latest page view is not in the future",
-                self._check_latest_view,
-                needs=selectable,
-            )
-            reached = check("Iterable can be reached", self._call_iterable, needs=ready)
-            accepted = check("API key is accepted", self._check_key, needs=reached)
-            check(
-                "Iterable's user fields have the types that are sent",
-                self._check_fields,
-                needs=accepted,
-            )
+            has_settings = self._check("Settings are complete", self._load)
+            for chain in (log_chain, folder_chain, database_chain, iterable_chain):
+                is_good = has_settings
+                for words, action in chain:
+                    is_good = self._check(words, action, needs=is_good)
         return self._exit_code
 
     def _check(
@@ -1514,14 +1509,16 @@ class Checklist:
             if name not in types:
                 missing.append(name)
             elif types[name] != kind:
-                clashes.append(f"{name} is {types[name]} there, and {kind} is sent")
+                there = types[name]
+                clashes.append(f"{name} is {there} there, and {kind} is sent")
         if clashes:
             raise CheckFailed(
                 f"{'; '.join(clashes)}: every update would be refused;"
                 " change the type in Iterable, or the name of the field"
             )
         if missing:
-            return f"not there before the first run: {', '.join(missing)}"
+            names = ", ".join(missing)
+            return f"not there before the first run: {names}"
         return ""
 
 
