@@ -250,7 +250,7 @@ def explain_ending(error: Exception) -> Ending:
 
 
 def check_text(text: str) -> None:
-    """Raise ValueError if the text is in quotes, has a byte-order mark, or is none."""
+    """Raise ValueError if it is in quotes, has a byte-order mark, or is not text."""
     # Half a surrogate pair stands for a byte that is not UTF-8.
     if re.search("[\0\ud800-\udfff]", text):
         raise ValueError("is not text")
@@ -300,7 +300,8 @@ def parse_whole_number(low: int, high: int) -> Callable[[str], int]:
     """Return a parser that takes whole numbers between these."""
 
     def parse(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
+        is_number = re.fullmatch("[0-9]{1,9}", text)
+        if not is_number or not low <= int(text) <= high:
             raise ValueError(f"must be a whole number from {low} to {high}")
         return int(text)
 
@@ -359,8 +360,8 @@ NETWORK_VARIABLES: dict[str, Callable[[str], object]] = {
     "REQUESTS_CA_BUNDLE": parse_path,
     "CURL_CA_BUNDLE": parse_path,
 }
-# A name in the file that is none of these is taken for a misspelt one if it is like one
-# (ratio of difflib), or holds one or is part of one and has so many characters.
+# Another name in the file is taken for one of these, misspelt, if it is as similar as
+# this (ratio of difflib), contains one, or is a part of one and at least this long.
 MIN_LIKENESS = 0.72
 MIN_LENGTH = 6
 
@@ -397,27 +398,31 @@ def read_secret(name: str, values: Mapping[str, str]) -> str | None:
 
     One line break at the end of the file is no part of it. Raises ValueError.
     """
-    file = values.get(f"{name}_FILE", "").strip()
+    variable = f"{name}_FILE"
+    secret = values.get(name)
+    file = values.get(variable, "").strip()
     if not file:
-        return values.get(name)
-    if values.get(name):
-        raise ValueError(f"{name} and {name}_FILE are both set: keep one of them")
+        return secret
+    if secret:
+        raise ValueError(f"{name} and {variable} are both set: keep one of them")
     try:
         content = parse_path(file).read_bytes()
     except OSError as error:
-        raise ValueError(f"{name}_FILE cannot be read ({error.strerror})") from None
+        raise ValueError(f"{variable} cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise ValueError(f"{name}_FILE {error}") from None
-    text = content.decode("utf-8", "surrogateescape")  # which check_text finds
+        raise ValueError(f"{variable} {error}") from None
+    text = content.decode("utf-8", "surrogateescape")  # check_text finds other bytes
     if not text.strip() and name != "DB_PASSWORD":
-        raise ValueError(f"{name}_FILE names an empty file")
+        raise ValueError(f"{variable} names an empty file")
     return re.sub(r"\r?\n\Z", "", text)
 
 
 def read_setting(name: str, values: Mapping[str, str]) -> Any:
     """Return the parsed value of a variable. Raises ValueError."""
     facts = SETTINGS[name].metadata
-    text = read_secret(name, values) if facts["is_secret"] else values.get(name)
+    text = values.get(name)
+    if facts["is_secret"]:
+        text = read_secret(name, values)
     if name != "DB_PASSWORD":  # which may be empty, or have spaces around it
         text = (text or "").strip() or facts["default"]
     if text is None:
@@ -460,7 +465,7 @@ def find_misspelt_names(names: Iterable[str]) -> list[str]:
         upper = name.upper()
         if name in known or upper in NETWORK_VARIABLES:
             continue
-        # A line DB_PASSWORD:abc= has the secret in its name, which is not shown then.
+        # The name of a line DB_PASSWORD:abc= holds the secret: no hint may show it.
         if not re.fullmatch("[A-Z0-9_]+", upper):
             continue
         similar = difflib.get_close_matches(upper, known, 1, MIN_LIKENESS)
@@ -484,7 +489,9 @@ def load_environment_variables(
     exists. The proxy and CA variables of the file are added to the environment, where
     requests looks for them. Raises SettingsError for all complaints together.
     """
-    path = HERE / os.path.expanduser(".env" if env_file is None else env_file)
+    path = HERE / ".env"
+    if env_file is not None:
+        path = HERE / os.path.expanduser(env_file)
     from_file: dict[str, str] = {}
     complaints: list[str] = []
     if env_file is not None or path.exists():
@@ -641,7 +648,9 @@ class Delivery:
     @property
     def results(self) -> list[CallResult]:
         """The results of the calls that were made."""
-        return [] if self.calls is None else self.calls.results
+        if self.calls is None:
+            return []
+        return self.calls.results
 
     @property
     def status(self) -> Status:
@@ -671,8 +680,10 @@ class Delivery:
         if not self.status.is_failure:
             return []
         reasons = [make_reason(result) for result in self.results if not result.ok]
-        not_sent = "events/track not sent: the run ended before"
-        return reasons or [Reason(not_sent, not_sent)]
+        if not reasons:
+            not_sent = "events/track not sent: the run ended before"
+            reasons.append(Reason(not_sent, not_sent))
+        return reasons
 
     def make_line(self) -> UserLine:
         """Return the user's line in the results file."""
@@ -723,28 +734,32 @@ class DeliveryPlanner:
     def plan(self, number: int, user: User) -> Delivery:
         """Return what is to be sent to a user, or why nothing can be."""
         row = user._asdict()
+        user_id = user.user_id
+        identify_by = self.settings.iterable_identify_by
         event = None
         try:
-            identity = identify(row, self.settings.iterable_identify_by)
+            identity = identify(row, identify_by)
             if isinstance(user, Leaver):
                 update = make_reset_payload(identity)
             else:
                 update = make_user_payload(row, identity)
                 event = make_event_payload(row, identity)
-                self._check_clashes(identity, event["id"], user.user_id)
+                self._check_clashes(identity, event["id"], user_id)
         except UnusableRow as problem:
-            return Delivery(number, user.user_id, user.email, problem=problem)
-        update_call = Call(USERS_UPDATE, identity, encode_payload(update))
+            return Delivery(number, user_id, user.email, problem=problem)
+        update_json = encode_payload(update)
+        update_call = Call(USERS_UPDATE, identity, update_json)
         calls = UserCalls(number, update_call, None)
         email = normalize_email(user.email) or None
-        delivery = Delivery(number, user.user_id, email)
+        delivery = Delivery(number, user_id, email)
         if event is not None:
+            event_json = encode_payload(event)
+            calls.event = Call(EVENTS_TRACK, identity, event_json)
             delivery.event_id = event["id"]
-            calls.event = Call(EVENTS_TRACK, identity, encode_payload(event))
         fingerprint = self._compute_fingerprint(calls)
         delivery.fingerprint = fingerprint
-        is_delivered = self.memory.has_delivered(user.user_id, fingerprint)
-        if is_delivered and self.options.changed_only:
+        is_delivered = self.memory.has_delivered(user_id, fingerprint)
+        if self.options.changed_only and is_delivered:
             delivery.skipped_as = Status.UNCHANGED
         elif self.options.dry_run:
             delivery.skipped_as = Status.WOULD_SEND
@@ -772,7 +787,8 @@ class DeliveryPlanner:
         parts = [call.payload for call in calls.calls]
         parts.append(self.settings.iterable_api_base_url)
         parts.append(self.settings.iterable_api_key)
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+        content = " ".join(parts)
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
 # Counting and reporting
@@ -831,7 +847,8 @@ class Tally:
     @property
     def failures(self) -> int:
         """How many users failed."""
-        return self.counts[Status.PARTIAL_FAILURE] + self.counts[Status.TOTAL_FAILURE]
+        counts = self.counts
+        return counts[Status.PARTIAL_FAILURE] + counts[Status.TOTAL_FAILURE]
 
     @property
     def seconds(self) -> float:
@@ -847,8 +864,10 @@ class Tally:
         reasons: dict[str, Reason] = {}
         for reason in delivery.reasons:
             reasons.setdefault(reason.text, reason)
-        counter = self.known_reasons if delivery.is_known else self.new_reasons
-        counter.update(reasons.values())
+        if delivery.is_known:
+            self.known_reasons.update(reasons.values())
+        else:
+            self.new_reasons.update(reasons.values())
 
     def compute_speed(self, seconds: float) -> float:
         """Return how many users a second there were, without those left alone."""
@@ -906,7 +925,8 @@ def log_call(result: CallResult, label: str, level: int) -> None:
         level = logging.INFO
     log.log(level, "%s (%s)", result.headline, label, extra=FILE_ONLY)
     if not result.ok:
-        answer = " ".join((result.body or result.message).split())
+        answer = result.body or result.message
+        answer = " ".join(answer.split())  # in one line
         log.log(level, "Response: %s", answer, extra=FILE_ONLY)
 
 
@@ -1028,12 +1048,14 @@ def list_reasons(reasons: Counter[Reason], ending: Ending) -> list[str]:
     """Return a line for each of the most frequent reasons of failure."""
     lines = []
     for reason, count in reasons.most_common(MAX_SHOWN_REASONS):
-        users = "1 user" if count == 1 else f"{count} users"
-        text = f"{reason.brief}: {reason.text}"
-        if reason.endpoint is None:
-            text = reason.text  # which begins with what the brief says
-        elif reason.text in ending.why:
+        users = f"{count} users"
+        if count == 1:
+            users = "1 user"
+        text = reason.text
+        if reason.text in ending.why:
             text = reason.brief  # the rest is shown already
+        elif reason.endpoint is not None:  # the text does not name the call
+            text = f"{reason.brief}: {text}"
         lines.append(f"  {users}: {text}")
     hidden = len(reasons) - MAX_SHOWN_REASONS
     if hidden > 0:
@@ -1053,12 +1075,15 @@ def limit_workers(max_workers: int) -> int:
     needed = max_workers + OTHER_OPEN_FILES
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return max_workers
-    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    allowed = needed
+    if hard != resource.RLIM_INFINITY:
+        allowed = min(needed, hard)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     except (OSError, ValueError):
         allowed = soft
-    workers = max(1, min(max_workers, allowed - OTHER_OPEN_FILES))
+    workers = min(max_workers, allowed - OTHER_OPEN_FILES)
+    workers = max(1, workers)
     if workers < max_workers:
         text = f"{workers} calls in flight instead of MAX_WORKERS={max_workers}"
         cause = f"this account may open {allowed} files only (ulimit -n)"
@@ -1084,11 +1109,10 @@ def listen_for_signals(control: RunControl) -> None:
     gets them: they interrupt nothing, and are heard even while the main thread blocks.
     Signals that are ignored, as under nohup, stay ignored. Raises NoRoomForThread.
     """
-    signals = {
-        number
-        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
-        if signal.getsignal(number) != signal.SIG_IGN
-    }
+    signals = []
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signals.append(number)
 
     def listen() -> None:
         received = signal.sigwait(signals)
@@ -1178,11 +1202,15 @@ def read_database(settings: Settings, options: Options, memory: Memory) -> deque
     log.info("[STEP 2] Connecting to database...")
     with make_connection(settings) as database:
         log.info("[STEP 3] Executing Phase 2 Query 2...")
-        database.check_columns(read_query(QUERIES, "columns"))
-        rows = database.read_page_views(read_query(QUERIES, "query_2"))
-        log.info("Found %d pro user(s) with recent engagement", len(rows))
-        if options.at_least is not None and len(rows) < options.at_least:
-            few = f"{len(rows)} users found, fewer than --at-least {options.at_least}"
+        columns = read_query(QUERIES, "columns")
+        database.check_columns(columns)
+        query = read_query(QUERIES, "query_2")
+        rows = database.read_page_views(query)
+        found = len(rows)
+        log.info("Found %d pro user(s) with recent engagement", found)
+        at_least = options.at_least
+        if at_least is not None and found < at_least:
+            few = f"{found} users found, fewer than --at-least {at_least}"
             raise TooFewUsers(f"Nothing is sent: {few}")
         users: deque[User] = deque(rows[: options.limit])
         if options.reset_left:
@@ -1212,7 +1240,8 @@ class DeliveryRun:
 
     def __post_init__(self) -> None:
         self.tally = Tally(len(self.users))
-        self._narrator = Narrator(self.tally, is_dry_run=self.options.dry_run)
+        is_dry_run = self.options.dry_run
+        self._narrator = Narrator(self.tally, is_dry_run=is_dry_run)
         self._unrecorded: dict[int, Delivery] = {}  # by number
 
     def send(self) -> None:
@@ -1220,8 +1249,12 @@ class DeliveryRun:
 
         An error ends the run. What was delivered by then is recorded all the same.
         """
-        with self._ending_at_error():
-            self._send_users()
+        # An error ends the run first, and then the sender waits for its workers.
+        with (
+            Sender(self.client, self._announce, bulk=self.options.bulk) as sender,
+            self._ending_at_error(),
+        ):
+            self._send_users(sender)
         # After an error only: users who were in flight, and users who have no delivery.
         for delivery in list(self._unrecorded.values()):
             with self._ending_at_error():
@@ -1238,27 +1271,27 @@ class DeliveryRun:
         except Exception as error:  # noqa: BLE001 - explained by explain_ending
             self.client.control.end(error)
 
-    def _send_users(self) -> None:
-        with Sender(self.client, self._announce, bulk=self.options.bulk) as sender:
-            while self.users:
-                delivery = self._plan_next()
-                if delivery.calls is None:
-                    self._record(delivery)
-                else:
-                    sender.submit(delivery.calls)
-                self._record_finished(sender)
-                while sender.is_full:
-                    self._record_finished(sender, wait=0.1)
-            sender.flush()  # a last group that is not full
-            while not sender.is_idle:
+    def _send_users(self, sender: Sender) -> None:
+        while self.users:
+            delivery = self._plan_next()
+            if delivery.calls is None:
+                self._record(delivery)
+            else:
+                sender.submit(delivery.calls)
+            self._record_finished(sender)
+            while sender.is_full:
                 self._record_finished(sender, wait=0.1)
+        sender.flush()  # a last group that is not full
+        while not sender.is_idle:
+            self._record_finished(sender, wait=0.1)
 
     def _plan_next(self) -> Delivery:
         """Return the next user's delivery; it has no calls when the run is ending.
 
         The user is used up, so the memory is free while the others are sent.
         """
-        number = self.tally.total - len(self.users) + 1
+        planned = self.tally.total - len(self.users)
+        number = planned + 1
         user = self.users[0]
         if self.client.control.no_new_users.is_set():
             delivery = Delivery(number, user.user_id, user.email)
@@ -1274,15 +1307,17 @@ class DeliveryRun:
         The sender calls this in `submit` and `flush`, so it is the main thread that
         writes. After kill -9 the next run knows by it who may have been updated.
         """
-        self.results.announce(
-            (self._unrecorded[calls.number].user_id, calls.update.identity.value)
-            for calls in users
-        )
+        announced = []
+        for calls in users:
+            user_id = self._unrecorded[calls.number].user_id
+            announced.append((user_id, calls.update.identity.value))
+        self.results.announce(announced)
 
     def _record_finished(self, sender: Sender, wait: float = 0.0) -> None:
         """Record the users who are finished; wait up to so many seconds for one."""
         for calls in sender.collect(wait):
-            self._record(self._unrecorded[calls.number])
+            delivery = self._unrecorded[calls.number]
+            self._record(delivery)
         self._narrator.show_progress()
 
     def _record(self, delivery: Delivery) -> None:
@@ -1291,9 +1326,9 @@ class DeliveryRun:
         if hides_known and delivery.status.is_failure:
             delivery.is_known = self.memory.knows_failure(line)
         if delivery.status is not Status.UNCHANGED:
-            was_called = bool(delivery.results)
+            was_sent = bool(delivery.results)  # then the line must survive kill -9
             try:
-                self.results.add(line, sent=was_called)
+                self.results.add(line, sent=was_sent)
             except ResultsNotWritable as error:
                 self.client.control.end(error)
         del self._unrecorded[delivery.number]
@@ -1311,13 +1346,14 @@ class DeliveryRun:
             ending = Ending("completed", ExitCode.NOT_ALL_DELIVERED)
         else:
             ending = Ending("completed", ExitCode.SUCCESS)
+        summary = tally.make_summary(ending, self.client, seconds)
         try:
-            self.results.finish(tally.make_summary(ending, self.client, seconds))
+            self.results.finish(summary)
         except ResultsNotWritable as disk_error:
-            first_cause = ending.why
-            ending = explain_ending(disk_error)
+            why = str(disk_error)
             if error is not None and error is not disk_error:
-                ending = ending._replace(why=f"{first_cause}; {ending.why}")
+                why = f"{ending.why}; {why}"
+            ending = explain_ending(disk_error)._replace(why=why)
         self._narrator.show_summary(ending, self.results.path, seconds)
         return ending.exit_code
 
@@ -1333,7 +1369,8 @@ def show_duration(client: IterableClient, users: int) -> None:
 def show_cost(client: IterableClient, tally: Tally, *, bulk: bool) -> None:
     """Say after a dry run what a real run would cost."""
     updates = tally.counts[Status.WOULD_SEND]
-    calls = client.count_calls(updates, tally.events_to_send, bulk=bulk)
+    events = tally.events_to_send
+    calls = client.count_calls(updates, events, bulk=bulk)
     seconds = client.estimate_seconds(updates, bulk=bulk)
     text = "Dry run, nothing was sent. A run would make %d calls, in %.1f s or more"
     log.info(text, calls, seconds)
@@ -1371,7 +1408,8 @@ def run_integration(settings: Settings, options: Options, control: RunControl) -
         tune_interpreter()
         control.has_begun.set()
         now = datetime.now().astimezone()
-        results = folder.create_results_file(describe_run(settings, options), now)
+        head = describe_run(settings, options)
+        results = folder.create_results_file(head, now)
         planner = DeliveryPlanner(settings, memory, options)
         run = DeliveryRun(users, planner, client, results, memory, options)
         run.send()
@@ -1445,7 +1483,9 @@ class Checklist:
             log.error("✗ %s: %s", words, ending.why)  # noqa: TRY400 - that says all
             self._exit_code = self._exit_code or ending.exit_code
             return False
-        log.info("✓ %s%s", words, f" ({finding})" if finding else "")
+        if finding:
+            words += f" ({finding})"
+        log.info("✓ %s", words)
         return True
 
     def _load(self) -> None:
@@ -1471,16 +1511,19 @@ class Checklist:
         return self.database.version
 
     def _check_columns(self) -> None:
-        self.database.check_columns(read_query(QUERIES, "columns"))
+        columns = read_query(QUERIES, "columns")
+        self.database.check_columns(columns)
         query = read_query(QUERIES, "query_2")
         # No EXPLAIN, which an account with rights on SQL views only may not use.
         self.database.execute_query(f"SELECT * FROM ({query}) AS query_2 WHERE FALSE")  # noqa: S608
 
     def _check_latest_view(self) -> None:
-        [row] = self.database.execute_query(read_query(QUERIES, "future_views"))
-        if row["latest"] is not None:
+        query = read_query(QUERIES, "future_views")
+        [row] = self.database.execute_query(query)
+        latest = row["latest"]
+        if latest is not None:
             cause = "event_time must be UTC, and not local time"
-            raise DatabaseError(f"{row['latest']} is in the future: {cause}")
+            raise DatabaseError(f"{latest} is in the future: {cause}")
 
     def _call_iterable(self) -> str:
         self.client = build_client(self.settings, self._control)
