@@ -197,7 +197,8 @@ class Interrupted(Exception):
     """A signal stopped the run."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"Stopped by {signal.Signals(number).name}")
+        name = signal.Signals(number).name
+        super().__init__(f"Stopped by {name}")
         self.number = number
 
 
@@ -248,6 +249,8 @@ def explain_ending(error: Exception) -> Ending:
 
 # Settings
 
+Parser = Callable[[str], Any]  # raises ValueError for a text that it does not take
+
 
 def check_text(text: str) -> None:
     """Raise ValueError if it is in quotes, has a byte-order mark, or is not text."""
@@ -260,14 +263,15 @@ def check_text(text: str) -> None:
         raise ValueError("is in quotes, which would be part of it: leave them out")
 
 
-def parse_choice(*choices: str) -> Callable[[str], str]:
+def parse_choice(*choices: str) -> Parser:
     """Return a parser that takes one of these texts."""
 
     def parse(text: str) -> str:
         for choice in choices:
             if text == choice:
                 return choice
-        raise ValueError(f"must be one of {', '.join(choices)}")
+        names = ", ".join(choices)
+        raise ValueError(f"must be one of {names}")
 
     return parse
 
@@ -317,7 +321,7 @@ def parse_seconds(text: str) -> float:
 
 
 def setting(
-    parse: Callable[[str], Any], default: str | None = None, *, is_secret: bool = False
+    parse: Parser, default: str | None = None, *, is_secret: bool = False
 ) -> Any:
     """Return a field of Settings. A variable without a default is required."""
     facts = {"parse": parse, "default": default, "is_secret": is_secret}
@@ -353,7 +357,7 @@ class Settings:
 SETTINGS = {each.name.upper(): each for each in fields(Settings)}
 SECRETS = [name for name, each in SETTINGS.items() if each.metadata["is_secret"]]
 # Proxies and CA files may be set in the file, too.
-NETWORK_VARIABLES: dict[str, Callable[[str], object]] = {
+NETWORK_VARIABLES: dict[str, Parser] = {
     "HTTPS_PROXY": str,
     "ALL_PROXY": str,
     "NO_PROXY": str,
@@ -536,8 +540,9 @@ class Options(argparse.Namespace):
 
 def parse_count(text: str) -> int:
     """Return a number of users. Raises argparse.ArgumentTypeError."""
+    parse = parse_whole_number(1, 999_999_999)
     try:
-        return parse_whole_number(1, 999_999_999)(text)
+        return parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -784,10 +789,10 @@ class DeliveryPlanner:
 
     def _compute_fingerprint(self, calls: UserCalls) -> str:
         """Return what changes with a payload, with the project and with its key."""
-        parts = [call.payload for call in calls.calls]
-        parts.append(self.settings.iterable_api_base_url)
-        parts.append(self.settings.iterable_api_key)
-        content = " ".join(parts)
+        settings = self.settings
+        payloads = [call.payload for call in calls.calls]
+        project = [settings.iterable_api_base_url, settings.iterable_api_key]
+        content = " ".join(payloads + project)
         return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -947,7 +952,8 @@ class Narrator:
         """Show a finished user as soon as all users before are shown."""
         self._waiting[delivery.number] = delivery
         while self._next_number in self._waiting:
-            self._show_user(self._waiting.pop(self._next_number))
+            next_one = self._waiting.pop(self._next_number)
+            self._show_user(next_one)
             self._next_number += 1
 
     def _show_user(self, delivery: Delivery) -> None:
@@ -996,7 +1002,8 @@ class Narrator:
         for name, payload in delivery.payloads.items():
             if payload is not None:
                 endpoint = name.replace("_", "/")  # users_update is users/update
-                log.info("%s %s", endpoint, to_json(payload))
+                text = to_json(payload)
+                log.info("%s %s", endpoint, text)
 
     def show_progress(self) -> None:
         """Show how far a long run is, about every two seconds."""
@@ -1037,8 +1044,9 @@ class Narrator:
         lines += list_reasons(tally.new_reasons, ending)
         for line in lines:
             log.log(level, "%s", line)
+        # Failures are known under --quiet only, which shows no INFO.
         for line in list_reasons(tally.known_reasons, ending):
-            log.info("%s", line)  # not shown: failures are known under --quiet only
+            log.info("%s", line)
         log.log(level, "Results: %s", results)
         speed = tally.compute_speed(seconds)
         log.log(level, "Time: %.1f s, %.1f users a second", seconds, speed)
@@ -1290,8 +1298,7 @@ class DeliveryRun:
 
         The user is used up, so the memory is free while the others are sent.
         """
-        planned = self.tally.total - len(self.users)
-        number = planned + 1
+        number = self.tally.total - len(self.users) + 1
         user = self.users[0]
         if self.client.control.no_new_users.is_set():
             delivery = Delivery(number, user.user_id, user.email)
@@ -1362,8 +1369,8 @@ def show_duration(client: IterableClient, users: int) -> None:
     """Say how long a large run takes singly, and in bulk."""
     singly = client.estimate_seconds(users, bulk=False)
     in_bulk = client.estimate_seconds(users, bulk=True)
-    text = f"{users} users take {singly:.0f} s or more"
-    log.info("%s; with --bulk %.0f s or more", text, in_bulk)
+    text = "%d users take %.0f s or more; with --bulk %.0f s or more"
+    log.info(text, users, singly, in_bulk)
 
 
 def show_cost(client: IterableClient, tally: Tally, *, bulk: bool) -> None:
@@ -1392,10 +1399,12 @@ def run_integration(settings: Settings, options: Options, control: RunControl) -
 
     An error before the first user is raised; nothing was sent then.
     """
+    iterable = settings.iterable_api_base_url
+    identify_by = settings.iterable_identify_by.value
     with ResultsFolder(settings.results_dir) as folder:
         memory = folder.read_memory(
-            iterable=settings.iterable_api_base_url,
-            identify_by=settings.iterable_identify_by.value,
+            iterable=iterable,
+            identify_by=identify_by,
             for_changes=options.changed_only,
             for_resets=options.reset_left,
         )
@@ -1403,8 +1412,9 @@ def run_integration(settings: Settings, options: Options, control: RunControl) -
         log.info("[STEP 4] Initializing Iterable API client...")
         client = build_client(settings, control)
         log.info("[STEP 5] Processing user records...")
-        if len(users) > LARGE_RUN and not options.bulk:
-            show_duration(client, len(users))
+        total = len(users)
+        if total > LARGE_RUN and not options.bulk:
+            show_duration(client, total)
         tune_interpreter()
         control.has_begun.set()
         now = datetime.now().astimezone()
