@@ -243,6 +243,17 @@ def test_two_calls_that_failed_for_one_reason_count_once() -> None:
     assert tally.new_reasons.total() == 1
 
 
+def test_users_who_would_get_no_event_are_counted_apart() -> None:
+    row = skip(1, Status.WOULD_SEND)
+    row.event_id = "page-view-1"
+    leaver = skip(2, Status.WOULD_SEND)
+
+    tally = count_all([row, leaver])
+
+    assert tally.counts[Status.WOULD_SEND] == 2
+    assert tally.events_to_send == 1
+
+
 def test_known_reasons_are_counted_apart() -> None:
     tally = count_all([make_known(make_failure(1)), make_failure(2)])
 
