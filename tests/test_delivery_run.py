@@ -27,11 +27,10 @@ from lab.clients import (
 from lab.runs import (
     Users,
     assert_adds_up,
-    make_planner,
     make_rows,
     run_deliveries,
 )
-from logger_config import Memory, ResultsFile, ResultsNotWritable, Status
+from logger_config import Memory, ResultsFile, ResultsNotWritable
 from main import (
     DeliveryPlanner,
     ExitCode,
