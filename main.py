@@ -665,13 +665,13 @@ class Delivery:
         if self.skipped_as is not None:
             return self.skipped_as
         results = self.results
-        if self.calls is None or not results:
+        if not results:
             return Status.NOT_ATTEMPTED
         if any(result.is_forgotten for result in results):
             return Status.FORGOTTEN
         if not any(result.ok for result in results):
             return Status.TOTAL_FAILURE
-        if self.calls.event is None:  # as for every user who left the segment
+        if self.event_id is None:  # the user left the segment
             return Status.RESET
         if len(results) == 2 and all(result.ok for result in results):
             return Status.SUCCESS
@@ -869,10 +869,8 @@ class Tally:
         reasons: dict[str, Reason] = {}
         for reason in delivery.reasons:
             reasons.setdefault(reason.text, reason)
-        if delivery.is_known:
-            self.known_reasons.update(reasons.values())
-        else:
-            self.new_reasons.update(reasons.values())
+        counter = self.known_reasons if delivery.is_known else self.new_reasons
+        counter.update(reasons.values())
 
     def compute_speed(self, seconds: float) -> float:
         """Return how many users a second there were, without those left alone."""
@@ -1455,7 +1453,7 @@ class Checklist:
 
     def run(self) -> int:
         """Check everything, and return the exit code of the first item that fails."""
-        # Each item needs those before it in its chain, and all need the settings.
+        # An item needs those before it in its chain, and each chain needs the settings.
         log_chain = [("Log file can be written", self._open_log)]
         folder_chain = [("Results folder can be written and locked", self._use_folder)]
         database_chain = [

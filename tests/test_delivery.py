@@ -166,14 +166,16 @@ def make_delivery(
 ) -> Delivery:
     """Return a delivery whose calls ended like this; None: they were not made."""
     event_call = None
+    event_id = None
     if event != NO_EVENT:
         event_call = set_outcome(make_event(number), event)
+        event_id = f"page-view-{number}"
     update_call = set_outcome(make_update(number), update)
     return Delivery(
         number=number,
         user_id=number,
         email=f"user{number}@example.com",
-        event_id=f"page-view-{number}",
+        event_id=event_id,
         fingerprint="f" * 64,
         calls=UserCalls(number, update_call, event_call),
     )

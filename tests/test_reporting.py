@@ -46,13 +46,16 @@ def make_delivery(
     update_call = make_update(number)
     update_call.result = update
     event_call = None
+    event_id = None
     if event is not None:
         event_call = make_event(number)
         event_call.result = event
+        event_id = f"page-view-{number}"
     return Delivery(
         number=number,
         user_id=number,
         email=f"user{number}@example.com",
+        event_id=event_id,
         calls=UserCalls(number, update_call, event_call),
     )
 
