@@ -608,8 +608,12 @@ class Reason(NamedTuple):
 
 def make_reason(result: CallResult) -> Reason:
     """Return why a call failed."""
-    no_status = "unexpected error" if result.is_unexpected else "no answer"
-    brief = f"{result.endpoint} {result.status or no_status}"
+    answer = "no answer"
+    if result.is_unexpected:
+        answer = "unexpected error"
+    if result.status is not None:
+        answer = str(result.status)
+    brief = f"{result.endpoint} {answer}"
     if result.code:
         brief += f" {result.code}"
     return Reason(brief, result.reason, result.endpoint, result.status, result.code)
@@ -869,7 +873,9 @@ class Tally:
         reasons: dict[str, Reason] = {}
         for reason in delivery.reasons:
             reasons.setdefault(reason.text, reason)
-        counter = self.known_reasons if delivery.is_known else self.new_reasons
+        counter = self.new_reasons
+        if delivery.is_known:
+            counter = self.known_reasons
         counter.update(reasons.values())
 
     def compute_speed(self, seconds: float) -> float:
@@ -1006,7 +1012,8 @@ class Narrator:
     def show_progress(self) -> None:
         """Show how far a long run is, about every two seconds."""
         now = time.monotonic()
-        if not self._has_many or now - self._last_progress < PROGRESS_SECONDS:
+        waited = now - self._last_progress
+        if not self._has_many or waited < PROGRESS_SECONDS:
             return
         self._last_progress = now
         tally = self._tally
@@ -1032,7 +1039,9 @@ class Narrator:
             log.error("The run ended early: %s", ending.why)
         # In the words of the exercise: users who were not attempted are counted, too.
         lines = ["INTEGRATION SUMMARY", f"Total users processed: {tally.total}"]
-        words = DRY_RUN_WORDS if self._is_dry_run else RUN_WORDS
+        words = RUN_WORDS
+        if self._is_dry_run:
+            words = DRY_RUN_WORDS
         for status, text in words.items():
             lines.append(f"{text}: {tally.counts[status]}")
         for status, text in OTHER_WORDS.items():
@@ -1189,7 +1198,8 @@ def find_leavers(
     present = {find_identity(row, identify_by) for row in rows}
     absent = memory.users_left(present)
     ids = [user.user_id for user in absent]
-    addresses = database.find_customers(read_query(QUERIES, "customers_by_id"), ids)
+    query = read_query(QUERIES, "customers_by_id")
+    addresses = database.find_customers(query, ids)
     leavers = []
     for user in absent:
         customer_id = str(user.user_id)
@@ -1383,8 +1393,11 @@ def show_cost(client: IterableClient, tally: Tally, *, bulk: bool) -> None:
 
 def describe_run(settings: Settings, options: Options) -> dict[str, Any]:
     """Return the head of the results file."""
+    mode = "send"
+    if options.dry_run:
+        mode = "dry-run"
     return {
-        "mode": "dry-run" if options.dry_run else "send",
+        "mode": mode,
         "database": f"{settings.db_name} on {settings.db_host}",
         "iterable": settings.iterable_api_base_url,
         "identify_by": settings.iterable_identify_by.value,
@@ -1449,7 +1462,7 @@ class Checklist:
         self._options = options
         self._control = control
         self._stack = contextlib.ExitStack()  # closes the connection to the database
-        self._exit_code: int = ExitCode.SUCCESS
+        self._exit_code = 0
 
     def run(self) -> int:
         """Check everything, and return the exit code of the first item that fails."""
