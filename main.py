@@ -7,15 +7,13 @@ is the map of the code.
 
 from __future__ import annotations
 
-try:
-    import signal
+import signal
 
-    # Until `listen_for_signals`, Ctrl-C ends the process without a traceback.
-    if __name__ == "__main__":
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-except KeyboardInterrupt:
-    raise SystemExit(130) from None
+# Until `listen_for_signals`, Ctrl-C ends the process without a traceback. Where it is
+# ignored, as in the background job of a script, it stays so.
+if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import contextlib
@@ -32,7 +30,14 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from enum import IntEnum
@@ -47,10 +52,10 @@ HERE = Path(__file__).resolve().parent
 
 # The packages with the module that is imported, and the oldest version that works.
 PACKAGES = {
-    "mysql-connector-python": ("mysql.connector", (9, 2)),
-    "python-dotenv": ("dotenv.parser", (1, 0)),
-    "urllib3": ("urllib3", (2, 2)),
-    "requests": ("requests", (2, 32)),
+    "mysql-connector-python": ("mysql.connector", "9.2"),
+    "python-dotenv": ("dotenv.parser", "1.0"),
+    "urllib3": ("urllib3", "2.2"),
+    "requests": ("requests", "2.32"),
 }
 INSTALL = (
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt,"
@@ -74,12 +79,11 @@ def find_installation_fault() -> str | None:
             return f"{module}.py is missing in {HERE}: copy the whole folder"
     for package, (module, oldest) in PACKAGES.items():
         try:
-            # None for a package of which pip left a part only.
-            version = metadata.version(package) or "without a version"
-            numbers = [int(number) for number in re.findall(r"\d+", version)]
-            if tuple(numbers[:2]) < oldest:
-                needed = ".".join(str(number) for number in oldest)
-                return f"{package} {version} is too old, {needed} is needed: {INSTALL}"
+            # None if pip was interrupted.
+            version = metadata.version(package) or "without its version"
+            if parse_version(version) < parse_version(oldest):
+                fault = f"{package} {version} is installed"
+                return f"{fault}, {oldest} or newer is needed: {INSTALL}"
             importlib.import_module(module)
         except metadata.PackageNotFoundError:
             python = sys.executable
@@ -87,6 +91,12 @@ def find_installation_fault() -> str | None:
         except ImportError as error:
             return f"{package} cannot be imported ({error}): {INSTALL}"
     return None
+
+
+def parse_version(text: str) -> list[int]:
+    """Return the numbers of a version."""
+    numbers = re.findall("[0-9]+", text)
+    return [int(number) for number in numbers]
 
 
 if __name__ == "__main__":
@@ -161,7 +171,7 @@ QUERIES = HERE / "phase2_queries.sql"
 log = logging.getLogger(__name__)
 
 
-# Exit codes and endings
+# How a run ends
 
 
 class ExitCode(IntEnum):
@@ -187,18 +197,16 @@ class Interrupted(Exception):
     """A signal stopped the run."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"Stopped by {signal.Signals(number).name}")
+        name = signal.Signals(number).name
+        super().__init__(f"Stopped by {name}")
         self.number = number
-
-
-class UnexpectedError(Exception):
-    """An error that nobody foresaw ended the run."""
 
 
 class CheckFailed(Exception):
     """An item of the checklist is not as a run needs it."""
 
 
+# The errors that end a run, or keep it from starting. Their text says all.
 EXIT_CODES: dict[type[Exception], ExitCode] = {
     SettingsError: ExitCode.SETTINGS,
     QueryFileError: ExitCode.SETTINGS,
@@ -211,37 +219,10 @@ EXIT_CODES: dict[type[Exception], ExitCode] = {
     KeyRefused: ExitCode.GIVEN_UP,
     IterableUnavailable: ExitCode.GIVEN_UP,
     FolderInUse: ExitCode.LOCKED,
+    ResultsNotWritable: ExitCode.NOT_ALL_DELIVERED,
+    NoRoomForThread: ExitCode.NOT_ALL_DELIVERED,
+    CheckFailed: ExitCode.NOT_ALL_DELIVERED,
 }
-# The errors that end a run, or keep it from starting. Their text says all, except that
-# a MemoryError may have none.
-KNOWN_ERRORS: tuple[type[Exception], ...] = (
-    *EXIT_CODES,
-    ResultsNotWritable,
-    NoRoomForThread,
-    MemoryError,
-    UnexpectedError,
-    CheckFailed,
-)
-
-
-def find_exit_code(error: Exception) -> int:
-    """Return the exit code of a run that this error ended."""
-    if isinstance(error, Interrupted):
-        return 128 + error.number
-    for error_class, exit_code in EXIT_CODES.items():
-        if isinstance(error, error_class):
-            return exit_code
-    return ExitCode.NOT_ALL_DELIVERED
-
-
-def explain_ending(error: Exception) -> Exception:
-    """Return the error to end a run with. One that nobody foresaw is logged."""
-    if isinstance(error, KNOWN_ERRORS) and str(error):
-        return error
-    log.critical("Unexpected error", exc_info=error, extra=FILE_ONLY)
-    if isinstance(error, MemoryError):
-        return UnexpectedError("out of memory: raise ulimit -v, or lower MAX_WORKERS")
-    return UnexpectedError(f"unexpected error {error!r}: see the log file")
 
 
 class Ending(NamedTuple):
@@ -249,23 +230,30 @@ class Ending(NamedTuple):
 
     outcome: str
     exit_code: int
-    why: str
+    why: str = ""
 
 
-def make_ending(error: Exception | None, failures: int) -> Ending:
-    """Return how a run ends that this error ended early, if it did."""
-    if error is None:
-        exit_code = ExitCode.NOT_ALL_DELIVERED if failures else ExitCode.SUCCESS
-        return Ending("completed", exit_code, "")
-    outcome = "interrupted" if isinstance(error, Interrupted) else "aborted"
-    return Ending(outcome, find_exit_code(error), str(error))
+def explain_ending(error: Exception) -> Ending:
+    """Return how a run ends because of an error. An unforeseen one is logged."""
+    if isinstance(error, Interrupted):
+        return Ending("interrupted", 128 + error.number, str(error))
+    for error_class, exit_code in EXIT_CODES.items():
+        if isinstance(error, error_class):
+            return Ending("aborted", exit_code, str(error))
+    log.critical("Unexpected error", exc_info=error, extra=FILE_ONLY)
+    why = f"unexpected error {error!r}: see the log file"
+    if isinstance(error, MemoryError):
+        why = "out of memory: raise ulimit -v, or lower MAX_WORKERS"
+    return Ending("aborted", ExitCode.NOT_ALL_DELIVERED, why)
 
 
 # Settings
 
+Parser = Callable[[str], Any]  # raises ValueError for a text that it does not take
+
 
 def check_text(text: str) -> None:
-    """Raise ValueError for quotes around it, a byte-order mark, or other bytes."""
+    """Raise ValueError if it is in quotes, has a byte-order mark, or is not text."""
     # Half a surrogate pair stands for a byte that is not UTF-8.
     if re.search("[\0\ud800-\udfff]", text):
         raise ValueError("is not text")
@@ -275,18 +263,17 @@ def check_text(text: str) -> None:
         raise ValueError("is in quotes, which would be part of it: leave them out")
 
 
-def parse_level(text: str) -> str:
-    """Return the name of a log level. Raises ValueError."""
-    if text not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-        raise ValueError("must be DEBUG, INFO, WARNING or ERROR")
-    return text
+def parse_choice(*choices: str) -> Parser:
+    """Return a parser that takes one of these texts."""
 
+    def parse(text: str) -> str:
+        for choice in choices:
+            if text == choice:
+                return choice
+        names = ", ".join(choices)
+        raise ValueError(f"must be one of {names}")
 
-def parse_identify_by(text: str) -> IdentifyBy:
-    """Return how users are identified. Raises ValueError."""
-    if text not in ("email", "userId"):
-        raise ValueError("must be email or userId")
-    return IdentifyBy(text)
+    return parse
 
 
 def parse_path(text: str) -> Path:
@@ -317,7 +304,8 @@ def parse_whole_number(low: int, high: int) -> Callable[[str], int]:
     """Return a parser that takes whole numbers between these."""
 
     def parse(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,9}", text) or not low <= int(text) <= high:
+        is_number = re.fullmatch("[0-9]{1,9}", text)
+        if not is_number or not low <= int(text) <= high:
             raise ValueError(f"must be a whole number from {low} to {high}")
         return int(text)
 
@@ -333,11 +321,11 @@ def parse_seconds(text: str) -> float:
 
 
 def setting(
-    parse: Callable[[str], Any], default: str | None = None, *, is_secret: bool = False
+    parse: Parser, default: str | None = None, *, is_secret: bool = False
 ) -> Any:
     """Return a field of Settings. A variable without a default is required."""
-    metadata = {"parse": parse, "default": default}
-    return field(repr=not is_secret, metadata=metadata)
+    facts = {"parse": parse, "default": default, "is_secret": is_secret}
+    return field(repr=not is_secret, metadata=facts)
 
 
 @dataclass(frozen=True)
@@ -355,38 +343,46 @@ class Settings:
     db_ssl_ca: str = setting(parse_ca_file, "")
     iterable_api_key: str = setting(parse_api_key, is_secret=True)
     iterable_api_base_url: str = setting(parse_base_url, "https://api.iterable.com")
-    iterable_identify_by: IdentifyBy = setting(parse_identify_by, "email")
+    iterable_identify_by: IdentifyBy = setting(parse_choice(*IdentifyBy), "email")
     iterable_rate_limit: int = setting(parse_whole_number(1, 100_000), "450")
     iterable_max_attempts: int = setting(parse_whole_number(1, 100), "5")
     iterable_timeout: float = setting(parse_seconds, "30")
     max_workers: int = setting(parse_whole_number(1, 2000), "300")
-    log_level: str = setting(parse_level, "INFO")
+    log_level: str = setting(parse_choice("DEBUG", "INFO", "WARNING", "ERROR"), "INFO")
     log_file: Path = setting(parse_path, "iterable_integration.log")
     results_dir: Path = setting(parse_path, ".")
 
 
 # By the names of their variables. Each secret may also be <NAME>_FILE.
 SETTINGS = {each.name.upper(): each for each in fields(Settings)}
-SECRETS = [name for name, each in SETTINGS.items() if not each.repr]
-CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-NETWORK_VARIABLES = ("HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", *CA_VARIABLES)
-# A name in the file counts as misspelt if it is like a setting's (ratio of difflib), or
-# if it has so many characters and contains a setting's name or is part of one.
-MIN_PART = 6
+SECRETS = [name for name, each in SETTINGS.items() if each.metadata["is_secret"]]
+# Proxies and CA files may be set in the file, too.
+NETWORK_VARIABLES: dict[str, Parser] = {
+    "HTTPS_PROXY": str,
+    "ALL_PROXY": str,
+    "NO_PROXY": str,
+    "REQUESTS_CA_BUNDLE": parse_path,
+    "CURL_CA_BUNDLE": parse_path,
+}
+# Another name in the file is taken for one of these, misspelt, if it is as similar as
+# this (ratio of difflib), contains one, or is a part of one and at least this long.
 MIN_LIKENESS = 0.72
+MIN_LENGTH = 6
 
 
 def read_env_file(path: Path, complaints: list[str]) -> dict[str, str]:
-    """Return what the file sets; a ${...} stays as it is.
+    """Return what the file sets. A ${...} in it stays as it is.
 
-    Adds to the complaints. Raises SettingsError if the whole file cannot be read.
+    A line that cannot be read is added to the complaints. Raises SettingsError if no
+    line can.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
-        text = f"The settings in {path} cannot be read ({error.strerror})"
-        cure = "check --env-file and the file's permissions"
-        raise SettingsError(f"{text}: {cure}") from error
+        raise SettingsError(
+            f"The settings in {path} cannot be read ({error.strerror}):"
+            " check --env-file and the file's permissions"
+        ) from error
     if b"\0" in content:
         raise SettingsError(f"{path} is not in UTF-8 (in UTF-16?): save it as UTF-8")
     text = content.decode("utf-8-sig", "surrogateescape")
@@ -406,26 +402,31 @@ def read_secret(name: str, values: Mapping[str, str]) -> str | None:
 
     One line break at the end of the file is no part of it. Raises ValueError.
     """
-    file = values.get(f"{name}_FILE", "").strip()
+    variable = f"{name}_FILE"
+    secret = values.get(name)
+    file = values.get(variable, "").strip()
     if not file:
-        return values.get(name)
-    if values.get(name):
-        raise ValueError(f"{name} and {name}_FILE are both set: keep one of them")
+        return secret
+    if secret:
+        raise ValueError(f"{name} and {variable} are both set: keep one of them")
     try:
-        text = parse_path(file).read_bytes().decode()
+        content = parse_path(file).read_bytes()
     except OSError as error:
-        raise ValueError(f"{name}_FILE cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{name}_FILE cannot be read (it is not text)") from None
+        raise ValueError(f"{variable} cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise ValueError(f"{name}_FILE {error}") from None
+        raise ValueError(f"{variable} {error}") from None
+    text = content.decode("utf-8", "surrogateescape")  # check_text finds other bytes
+    if not text.strip() and name != "DB_PASSWORD":
+        raise ValueError(f"{variable} names an empty file")
     return re.sub(r"\r?\n\Z", "", text)
 
 
 def read_setting(name: str, values: Mapping[str, str]) -> Any:
     """Return the parsed value of a variable. Raises ValueError."""
     facts = SETTINGS[name].metadata
-    text = read_secret(name, values) if name in SECRETS else values.get(name)
+    text = values.get(name)
+    if facts["is_secret"]:
+        text = read_secret(name, values)
     if name != "DB_PASSWORD":  # which may be empty, or have spaces around it
         text = (text or "").strip() or facts["default"]
     if text is None:
@@ -441,37 +442,38 @@ def read_setting(name: str, values: Mapping[str, str]) -> Any:
 def find_network_variables(
     from_file: Mapping[str, str], environ: Mapping[str, str], complaints: list[str]
 ) -> dict[str, str]:
-    """Return the proxy and CA variables, in either case, that only the file sets.
+    """Return the proxy and CA variables that only the file sets.
 
-    Adds to the complaints.
+    They may be in lower case. What is wrong with one is added to the complaints.
     """
     set_already = {name.upper() for name in environ}
     found = {}
-    for name, value in from_file.items():
+    for name, text in from_file.items():
         variable = name.upper()
-        if variable not in NETWORK_VARIABLES or variable in set_already:
+        parse = NETWORK_VARIABLES.get(variable)
+        if parse is None or not text or variable in set_already:
             continue
-        found[name] = value
-        if variable in CA_VARIABLES and value:
-            try:
-                found[name] = str(parse_path(value))
-            except ValueError as error:
-                complaints.append(f"{name} {error}")
+        try:
+            found[name] = str(parse(text))
+        except ValueError as error:
+            complaints.append(f"{name} {error}")
     return found
 
 
 def find_misspelt_names(names: Iterable[str]) -> list[str]:
     """Return a sentence for each name that resembles a setting's and is none."""
-    known = [*SETTINGS, *NETWORK_VARIABLES, *(f"{name}_FILE" for name in SECRETS)]
+    secret_files = [f"{name}_FILE" for name in SECRETS]
+    known = [*SETTINGS, *NETWORK_VARIABLES, *secret_files]
     hints = []
     for name in names:
         upper = name.upper()
-        # "DB_PASSWORD:secret" may be a name, and is not shown.
-        is_shown = re.fullmatch("[A-Z0-9_]+", upper)
-        if name in known or upper in NETWORK_VARIABLES or not is_shown:
+        if name in known or upper in NETWORK_VARIABLES:
+            continue
+        # The name of a line DB_PASSWORD:abc= holds the secret: no hint may show it.
+        if not re.fullmatch("[A-Z0-9_]+", upper):
             continue
         similar = difflib.get_close_matches(upper, known, 1, MIN_LIKENESS)
-        if len(name) >= MIN_PART:
+        if len(name) >= MIN_LENGTH:
             parts = [each for each in known if each in upper or upper in each]
             similar = parts + similar
         if similar:
@@ -481,28 +483,32 @@ def find_misspelt_names(names: Iterable[str]) -> list[str]:
 
 def load_environment_variables(
     env_file: Path | str | None = None,
-    environ: Mapping[str, str] = os.environ,
+    environ: MutableMapping[str, str] = os.environ,
     *,
     needs_key: bool = True,
 ) -> Settings:
     """Return the settings of the environment, else of the file.
 
     `env_file` is relative to the folder of main.py; without it `.env` is read, if it
-    exists. The proxy and CA variables of the file are put into the environment, where
+    exists. The proxy and CA variables of the file are added to the environment, where
     requests looks for them. Raises SettingsError for all complaints together.
     """
-    path = HERE / os.path.expanduser(".env" if env_file is None else env_file)
+    path = HERE / ".env"
+    if env_file is not None:
+        path = HERE / os.path.expanduser(env_file)
     from_file: dict[str, str] = {}
     complaints: list[str] = []
     if env_file is not None or path.exists():
         from_file = read_env_file(path, complaints)
     values = {**from_file, **environ}
-    parsed: dict[str, Any] = {"iterable_api_key": ""}  # as it stays without a key
+    parsed: dict[str, Any] = {}
     for name in SETTINGS:
         try:
             parsed[name.lower()] = read_setting(name, values)
         except ValueError as complaint:
-            if needs_key or name != "ITERABLE_API_KEY":
+            if name == "ITERABLE_API_KEY" and not needs_key:
+                parsed["iterable_api_key"] = ""
+            else:
                 complaints.append(str(complaint))
     network_variables = find_network_variables(from_file, environ, complaints)
     hints = find_misspelt_names(from_file)
@@ -511,7 +517,7 @@ def load_environment_variables(
         raise SettingsError(f"Settings: {text}. Set them in {path} (see .env.example)")
     for hint in hints:
         log.info("⚠ %s", hint)  # no warning, which cron would mail every hour
-    os.environ.update(network_variables)
+    environ.update(network_variables)
     return Settings(**parsed)
 
 
@@ -534,8 +540,9 @@ class Options(argparse.Namespace):
 
 def parse_count(text: str) -> int:
     """Return a number of users. Raises argparse.ArgumentTypeError."""
+    parse = parse_whole_number(1, 999_999_999)
     try:
-        return parse_whole_number(1, 999_999_999)(text)
+        return parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -556,37 +563,44 @@ def parse_arguments(argv: Sequence[str] | None) -> Options:
     add_flag("--reset-left", help="also reset the field of users who left the segment")
     add_flag("--bulk", help="send groups of up to 1000 users: for large runs")
     add_flag("--check", help="check the deployment; send no user data")
-    text = (
-        "show warnings and errors only; with --changed-only, no failure that an earlier"
-        " run had already"
+    add_flag(
+        "--quiet",
+        help="show warnings and errors only; with --changed-only, no failure that an"
+        " earlier run had already",
     )
-    add_flag("--quiet", help=text)
-    text = "read the settings from this file, relative to main.py, and not from .env"
-    parser.add_argument("--env-file", metavar="PATH", help=text)
+    parser.add_argument(
+        "--env-file",
+        metavar="PATH",
+        help="read the settings from this file, relative to main.py, and not from .env",
+    )
     options = parser.parse_args(argv, Options())
     if options.reset_left and options.limit is not None:
         parser.error(
             "--reset-left and --limit exclude each other: the users beyond the limit"
             " would look as if they had left"
         )
-    about_sending = {**vars(options), "check": False, "quiet": False, "env_file": None}
-    if options.check and any(about_sending.values()):
-        parser.error("--check goes with --quiet and --env-file only")
+    if options.check:
+        for name, value in vars(options).items():
+            if value and name not in ("check", "quiet", "env_file"):
+                parser.error("--check goes with --quiet and --env-file only")
     return options
 
 
 # A user's delivery
 
+Value = int | str | None  # of a column
+
 
 class Reason(NamedTuple):
-    """Why a user failed, without anything particular to the user.
+    """Why a user failed. The summary counts users who have the same reason.
 
-    `brief` names the call and its answer, `advice` says what to do. `endpoint` is None
-    if no call failed, `status` if there was no answer.
+    `brief` is for the user's line: the call with its answer, or what is wrong with the
+    row. `text` is for the summary: what happened, and what to do. `endpoint` is None if
+    no call failed, `status` if there was no answer.
     """
 
     brief: str
-    advice: str
+    text: str
     endpoint: str | None = None
     status: int | None = None
     code: str | None = None
@@ -594,8 +608,12 @@ class Reason(NamedTuple):
 
 def make_reason(result: CallResult) -> Reason:
     """Return why a call failed."""
-    no_status = "unexpected error" if result.is_unexpected else "no answer"
-    brief = f"{result.endpoint} {result.status or no_status}"
+    answer = "no answer"
+    if result.is_unexpected:
+        answer = "unexpected error"
+    if result.status is not None:
+        answer = str(result.status)
+    brief = f"{result.endpoint} {answer}"
     if result.code:
         brief += f" {result.code}"
     return Reason(brief, result.reason, result.endpoint, result.status, result.code)
@@ -625,8 +643,8 @@ class Delivery:
     """
 
     number: int  # from 1
-    user_id: int | str | None
-    email: int | str | None
+    user_id: Value
+    email: Value  # as the row has it, unless it is sent
     event_id: str | None = None
     fingerprint: str | None = None
     calls: UserCalls | None = None
@@ -639,7 +657,9 @@ class Delivery:
     @property
     def results(self) -> list[CallResult]:
         """The results of the calls that were made."""
-        return [] if self.calls is None else self.calls.results
+        if self.calls is None:
+            return []
+        return self.calls.results
 
     @property
     def status(self) -> Status:
@@ -649,13 +669,13 @@ class Delivery:
         if self.skipped_as is not None:
             return self.skipped_as
         results = self.results
-        if self.calls is None or not results:
+        if not results:
             return Status.NOT_ATTEMPTED
         if any(result.is_forgotten for result in results):
             return Status.FORGOTTEN
         if not any(result.ok for result in results):
             return Status.TOTAL_FAILURE
-        if self.calls.event is None:  # as for every user who left the segment
+        if self.event_id is None:  # the user left the segment
             return Status.RESET
         if len(results) == 2 and all(result.ok for result in results):
             return Status.SUCCESS
@@ -669,8 +689,10 @@ class Delivery:
         if not self.status.is_failure:
             return []
         reasons = [make_reason(result) for result in self.results if not result.ok]
-        not_sent = "events/track not sent: the run ended before"
-        return reasons or [Reason(not_sent, not_sent)]
+        if not reasons:
+            not_sent = "events/track not sent: the run ended before"
+            reasons.append(Reason(not_sent, not_sent))
+        return reasons
 
     def make_line(self) -> UserLine:
         """Return the user's line in the results file."""
@@ -698,13 +720,13 @@ class Leaver(NamedTuple):
     """A user who left the segment and is still a customer."""
 
     user_id: int | str
-    identity: str
-    email: str | None
+    email: Value
 
 
 User = PageViewRow | Leaver
 
 
+@dataclass
 class DeliveryPlanner:
     """Decides what is to be sent to a user.
 
@@ -712,99 +734,70 @@ class DeliveryPlanner:
     other: only the first is sent.
     """
 
-    def __init__(self, settings: Settings, memory: Memory, options: Options) -> None:
-        self._identify_by = settings.iterable_identify_by
-        # Part of each fingerprint: with another project or key, all are sent again.
-        self._project = f"{settings.iterable_api_base_url} {settings.iterable_api_key}"
-        self._memory = memory
-        self._options = options
-        self._customer_by_identity: dict[str, int | str | None] = {}
-        self._customer_by_event: dict[str, int | str | None] = {}
+    settings: Settings
+    memory: Memory
+    options: Options
+    # Which customer has an identity, or an event.
+    customers: dict[Identity | str, Value] = field(default_factory=dict)
 
-    def plan(self, delivery: Delivery, user: User) -> None:
-        """Fill in a delivery that has its number and the user's facts only."""
-        if isinstance(user, Leaver):
-            identity = Identity(self._identify_by, user.identity)
-            self._decide(delivery, identity, make_reset_payload(identity), None)
-            return
-        try:
-            self._plan_row(delivery, user)
-        except UnusableRow as problem:
-            delivery.problem = problem
-
-    def _plan_row(self, delivery: Delivery, user: PageViewRow) -> None:
+    def plan(self, number: int, user: User) -> Delivery:
+        """Return what is to be sent to a user, or why nothing can be."""
         row = user._asdict()
-        identity = identify(row, self._identify_by)
-        update = make_user_payload(row, identity)
-        event = make_event_payload(row, identity)
-        delivery.email = normalize_email(user.email) or None
-        delivery.event_id = event["id"]
-        self._check_clashes(identity, event["id"], user.user_id)
-        self._customer_by_identity[identity.value] = user.user_id
-        self._customer_by_event[event["id"]] = user.user_id
-        self._decide(delivery, identity, update, event)
-
-    def _check_clashes(
-        self, identity: Identity, event_id: str, user_id: int | str | None
-    ) -> None:
-        """Raise UnusableRow if an earlier row has the identity or the view."""
-        if identity.value in self._customer_by_identity:
-            other = self._customer_by_identity[identity.value]
-            if str(other) == str(user_id):
-                raise UnusableRow("it has two rows", "make customers.id unique")
-            problem = f"customer {other} has the same address"
-            raise UnusableRow(problem, "merge the two")
-        if event_id in self._customer_by_event:
-            other = self._customer_by_event[event_id]
-            problem = f"customer {other} has the same page view"
-            raise UnusableRow(problem, "make page_views.id unique")
-
-    def _decide(
-        self,
-        delivery: Delivery,
-        identity: Identity,
-        update: dict[str, Any],
-        event: dict[str, Any] | None,
-    ) -> None:
-        """Give the delivery its calls.
-
-        It gets none in a dry run, or if --changed-only finds them delivered.
-        """
+        user_id = user.user_id
+        identify_by = self.settings.iterable_identify_by
+        event = None
+        try:
+            identity = identify(row, identify_by)
+            if isinstance(user, Leaver):
+                update = make_reset_payload(identity)
+            else:
+                update = make_user_payload(row, identity)
+                event = make_event_payload(row, identity)
+                self._check_clashes(identity, event["id"], user_id)
+        except UnusableRow as problem:
+            return Delivery(number, user_id, user.email, problem=problem)
         update_json = encode_payload(update)
-        event_json = "" if event is None else encode_payload(event)
-        content = f"{update_json} {event_json} {self._project}"
-        fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        update_call = Call(USERS_UPDATE, identity, update_json)
+        calls = UserCalls(number, update_call, None)
+        email = normalize_email(user.email) or None
+        delivery = Delivery(number, user_id, email)
+        if event is not None:
+            event_json = encode_payload(event)
+            calls.event = Call(EVENTS_TRACK, identity, event_json)
+            delivery.event_id = event["id"]
+        fingerprint = self._compute_fingerprint(calls)
         delivery.fingerprint = fingerprint
-        is_delivered = self._memory.has_delivered(delivery.user_id, fingerprint)
-        if is_delivered and self._options.changed_only:
+        is_delivered = self.memory.has_delivered(user_id, fingerprint)
+        if self.options.changed_only and is_delivered:
             delivery.skipped_as = Status.UNCHANGED
-        elif self._options.dry_run:
+        elif self.options.dry_run:
             delivery.skipped_as = Status.WOULD_SEND
             delivery.payloads = {"users_update": update, "events_track": event}
         else:
-            update_call = Call(USERS_UPDATE, identity, update_json)
-            event_call = Call(EVENTS_TRACK, identity, event_json) if event else None
-            delivery.calls = UserCalls(delivery.number, update_call, event_call)
+            delivery.calls = calls
+        return delivery
 
+    def _check_clashes(self, identity: Identity, event_id: str, user_id: Value) -> None:
+        """Raise UnusableRow if an earlier row has the identity or the view."""
+        customers = self.customers
+        if identity in customers:
+            other = customers[identity]
+            if str(other) == str(user_id):
+                raise UnusableRow("it has two rows", "make customers.id unique")
+            raise UnusableRow(f"customer {other} has the same address", "merge the two")
+        if event_id in customers:
+            problem = f"customer {customers[event_id]} has the same page view"
+            raise UnusableRow(problem, "make page_views.id unique")
+        customers[identity] = user_id
+        customers[event_id] = user_id
 
-def plan_deliveries(
-    planner: DeliveryPlanner, users: deque[User], control: RunControl
-) -> Iterator[Delivery]:
-    """Yield a delivery for each user. When the run is ending, they come without calls.
-
-    Uses up the users, so their memory is free while the rest is sent.
-    """
-    number = 0
-    while users:
-        number += 1
-        user = users.popleft()
-        delivery = Delivery(number, user.user_id, user.email)
-        if not control.no_new_users.is_set():
-            try:
-                planner.plan(delivery, user)
-            except Exception as error:  # noqa: BLE001 - every user goes on record
-                control.end(explain_ending(error))
-        yield delivery
+    def _compute_fingerprint(self, calls: UserCalls) -> str:
+        """Return what changes with a payload, with the project and with its key."""
+        settings = self.settings
+        payloads = [call.payload for call in calls.calls]
+        project = [settings.iterable_api_base_url, settings.iterable_api_key]
+        content = " ".join(payloads + project)
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
 # Counting and reporting
@@ -817,6 +810,8 @@ MAX_SHOWN_REASONS = 10  # in the summary
 MAX_SHOWN_PAYLOADS = 3  # users of a dry run
 MAX_SHOWN_NAME = 320  # characters of an address, the most that one has
 
+EVERYWHERE: dict[str, str] = {}  # the `extra` of a line for console and log file
+
 # A user's line on the console. With any other status a user has none.
 LINE_WORDS = {
     Status.SUCCESS: "✓ Successfully processed user",
@@ -825,18 +820,19 @@ LINE_WORDS = {
     Status.FORGOTTEN: "Forgotten at the user's own request, so not sent",
     Status.RESET: "✓ Left the segment, recent_page_view reset",
 }
-# What the summary counts: always in a real run, always in a dry run, and in both unless
-# it is 0. The words are those of the exercise. A total failure may also be a row that
-# cannot be sent, or a reset, which has one call.
+# The counts of each summary of a real run. The words are those of the exercise: a total
+# failure may also be a row that cannot be sent, or a reset, which has one call.
 RUN_WORDS = {
     Status.SUCCESS: "✓ Successful (both API calls)",
     Status.PARTIAL_FAILURE: "⚠ Partial failures (one call failed)",
     Status.TOTAL_FAILURE: "✗ Total failures (both calls failed)",
 }
+# The counts of each summary of a dry run.
 DRY_RUN_WORDS = {
     Status.WOULD_SEND: "Would send",
     Status.TOTAL_FAILURE: "Cannot be sent",
 }
+# The other counts of any summary, unless they are 0.
 OTHER_WORDS = {
     Status.FORGOTTEN: "Forgotten at their own request",
     Status.RESET: "Left the segment, recent_page_view reset",
@@ -851,7 +847,8 @@ class Tally:
     def __init__(self, total: int) -> None:
         self.total = total
         self.counts: Counter[Status] = Counter()
-        #: Users for each reason of failure: of new failures, and of known ones.
+        self.events_to_send = 0  # in a dry run
+        # How many users failed for which reason; apart, failures that are known.
         self.new_reasons: Counter[Reason] = Counter()
         self.known_reasons: Counter[Reason] = Counter()
         self._began = time.monotonic()
@@ -859,7 +856,8 @@ class Tally:
     @property
     def failures(self) -> int:
         """How many users failed."""
-        return sum(self.counts[status] for status in Status if status.is_failure)
+        counts = self.counts
+        return counts[Status.PARTIAL_FAILURE] + counts[Status.TOTAL_FAILURE]
 
     @property
     def seconds(self) -> float:
@@ -868,25 +866,34 @@ class Tally:
 
     def count(self, delivery: Delivery) -> None:
         """Count a user. Two calls that failed for the same reason count once."""
-        self.counts[delivery.status] += 1
+        status = delivery.status
+        self.counts[status] += 1
+        if status is Status.WOULD_SEND and delivery.event_id is not None:
+            self.events_to_send += 1
         reasons: dict[str, Reason] = {}
         for reason in delivery.reasons:
-            reasons.setdefault(reason.advice, reason)
-        counter = self.known_reasons if delivery.is_known else self.new_reasons
+            reasons.setdefault(reason.text, reason)
+        counter = self.new_reasons
+        if delivery.is_known:
+            counter = self.known_reasons
         counter.update(reasons.values())
 
     def compute_speed(self, seconds: float) -> float:
-        """Return how many users a second succeeded, failed, were reset or forgotten."""
-        statuses = (Status.SUCCESS, Status.FORGOTTEN, Status.RESET)
-        done = self.failures + sum(self.counts[status] for status in statuses)
-        return round(done / seconds, 1) if seconds else 0.0
+        """Return how many users a second there were, without those left alone."""
+        if seconds == 0:
+            return 0.0
+        counts = self.counts
+        left_alone = counts[Status.UNCHANGED] + counts[Status.NOT_ATTEMPTED]
+        done = counts.total() - left_alone
+        return round(done / seconds, 1)
 
     def make_summary(
         self, ending: Ending, client: IterableClient, seconds: float
     ) -> dict[str, Any]:
         """Return the summary of the results file."""
         counts = self.counts
-        reasons = self.new_reasons + self.known_reasons
+        untried = counts[Status.NOT_ATTEMPTED]
+        untried += counts[Status.WOULD_SEND]  # a dry run attempts nobody
         return {
             "outcome": ending.outcome,
             "exit_code": ending.exit_code,
@@ -897,54 +904,39 @@ class Tally:
             "forgotten": counts[Status.FORGOTTEN],
             "reset": counts[Status.RESET],
             "unchanged": counts[Status.UNCHANGED],
-            # A dry run attempts nobody.
-            "not_attempted": counts[Status.NOT_ATTEMPTED] + counts[Status.WOULD_SEND],
+            "not_attempted": untried,
             "calls": client.attempts_made,
             "retries": client.retries_made,
             "duration_seconds": seconds,
             "users_per_second": self.compute_speed(seconds),
-            "failure_reasons": [
-                {
-                    "endpoint": reason.endpoint,
-                    "status": reason.status,
-                    "code": reason.code,
-                    "message": reason.advice,
-                    "count": count,
-                }
-                for reason, count in reasons.most_common()
-            ],
+            "failure_reasons": self._list_reasons(),
         }
 
+    def _list_reasons(self) -> list[dict[str, Any]]:
+        """Return the reasons of failure, the most frequent first."""
+        all_reasons = self.new_reasons + self.known_reasons
+        lines = []
+        for reason, count in all_reasons.most_common():
+            line = {
+                "endpoint": reason.endpoint,
+                "status": reason.status,
+                "code": reason.code,
+                "message": reason.text,
+                "count": count,
+            }
+            lines.append(line)
+        return lines
 
-def log_call(result: CallResult, level: int, user: str) -> None:
-    """Write a call to the log file, with the answer if it failed."""
+
+def log_call(result: CallResult, label: str, level: int) -> None:
+    """Write a call to the log file; one that failed at this level, with its answer."""
     if result.ok:
-        log.info("%s (%s)", result.headline, user, extra=FILE_ONLY)
-        return
-    log.log(level, "%s (%s)", result.headline, user, extra=FILE_ONLY)
-    answer = " ".join((result.body or result.message).split())
-    log.log(level, "Response: %s", answer, extra=FILE_ONLY)
-
-
-def show_reasons(
-    reasons: Counter[Reason],
-    ending: Ending,
-    level: int,
-    extra: dict[str, str] | None,
-) -> None:
-    """Show the most frequent reasons of failure."""
-    for reason, count in reasons.most_common(MAX_SHOWN_REASONS):
-        users = "1 user" if count == 1 else f"{count} users"
-        text = f"{reason.brief}: {reason.advice}"
-        if reason.endpoint is None:
-            text = reason.advice  # which begins with what the brief says
-        elif reason.advice in ending.why:
-            text = reason.brief  # the advice is shown already
-        log.log(level, "  %s: %s", users, text, extra=extra)
-    hidden = len(reasons) - MAX_SHOWN_REASONS
-    if hidden > 0:
-        text = "  %d more reasons stand in the results file"
-        log.log(level, text, hidden, extra=extra)
+        level = logging.INFO
+    log.log(level, "%s (%s)", result.headline, label, extra=FILE_ONLY)
+    if not result.ok:
+        answer = result.body or result.message
+        answer = " ".join(answer.split())  # in one line
+        log.log(level, "Response: %s", answer, extra=FILE_ONLY)
 
 
 class Narrator:
@@ -956,7 +948,7 @@ class Narrator:
         self._has_many = tally.total > MANY_USERS
         self._waiting: dict[int, Delivery] = {}  # by number
         self._next_number = 1
-        self._shown_failures = 0
+        self._shown_users = 0
         self._shown_payloads = 0
         self._last_progress = time.monotonic()
 
@@ -964,7 +956,8 @@ class Narrator:
         """Show a finished user as soon as all users before are shown."""
         self._waiting[delivery.number] = delivery
         while self._next_number in self._waiting:
-            self._show_user(self._waiting.pop(self._next_number))
+            next_one = self._waiting.pop(self._next_number)
+            self._show_user(next_one)
             self._next_number += 1
 
     def _show_user(self, delivery: Delivery) -> None:
@@ -973,85 +966,116 @@ class Narrator:
             self._show_payloads(delivery)
         if status not in LINE_WORDS:
             return
-        level = logging.ERROR if status.is_failure else logging.INFO
-        extra = self._find_destination(delivery)
+        destination = FILE_ONLY
+        if self._is_for_console(delivery):
+            destination = EVERYWHERE
+            self._shown_users += 1
         record = f"record {delivery.number}/{self._tally.total}"
-        email = str(delivery.email or "").strip()[:MAX_SHOWN_NAME]
-        name = email or f"customer {delivery.user_id}"
-        text = f"{LINE_WORDS[status]}: {name}"
+        address = normalize_email(delivery.email)[:MAX_SHOWN_NAME]
+        name = address or f"customer {delivery.user_id}"
+        line = f"{LINE_WORDS[status]}: {name}"
         if self._has_many:
-            text += f" ({record})"
+            line += f" ({record})"
         else:
-            if extra is None:
+            if destination is EVERYWHERE:
                 log.info("", extra=CONSOLE_ONLY)
-            log.info("Processing %s", record, extra=extra)
+            log.info("Processing %s", record, extra=destination)
+        level = logging.INFO
         if status.is_failure:
+            level = logging.ERROR
             briefs = ", ".join(reason.brief for reason in delivery.reasons)
-            text += f": {briefs}"
+            line += f": {briefs}"
+        # Of many users, a success has one line in the log and not three.
         if not self._has_many or status is not Status.SUCCESS:
             for result in delivery.results:
-                log_call(result, level, f"{record}, {name}")
-        log.log(level, "%s", text, extra=extra)
+                log_call(result, f"{record}, {name}", level)
+        log.log(level, "%s", line, extra=destination)
 
-    def _find_destination(self, delivery: Delivery) -> dict[str, str] | None:
-        """Return the `extra` that says where a user's lines go.
-
-        Of a run of many users, only the first failures go to the console.
-        """
+    def _is_for_console(self, delivery: Delivery) -> bool:
+        """Whether the console shows a user: of many, only the first failures."""
         if delivery.is_known:
-            return FILE_ONLY
+            return False
         if not self._has_many:
-            return None
-        if delivery.status.is_failure:
-            self._shown_failures += 1
-            if self._shown_failures <= MAX_SHOWN_FAILURES:
-                return None
-        return FILE_ONLY
+            return True
+        return delivery.status.is_failure and self._shown_users < MAX_SHOWN_FAILURES
 
     def _show_payloads(self, delivery: Delivery) -> None:
         self._shown_payloads += 1
-        if self._shown_payloads > MAX_SHOWN_PAYLOADS:
+        if self._shown_payloads > MAX_SHOWN_PAYLOADS or delivery.payloads is None:
             return
-        for name, payload in (delivery.payloads or {}).items():
+        for name, payload in delivery.payloads.items():
             if payload is not None:
-                log.info("%s %s", name.replace("_", "/"), to_json(payload))
+                endpoint = name.replace("_", "/")  # users_update is users/update
+                text = to_json(payload)
+                log.info("%s %s", endpoint, text)
 
     def show_progress(self) -> None:
         """Show how far a long run is, about every two seconds."""
         now = time.monotonic()
-        if not self._has_many or now - self._last_progress < PROGRESS_SECONDS:
+        waited = now - self._last_progress
+        if not self._has_many or waited < PROGRESS_SECONDS:
             return
         self._last_progress = now
         tally = self._tally
         done = tally.counts.total()
-        speed = done / tally.seconds
-        seconds_left = (tally.total - done) / speed if done else 0
-        left = f"{seconds_left:.0f} s left" if done else "nobody done yet"
-        share = f"{done}/{tally.total} ({100 * done // tally.total} %)"
+        speed = done / tally.seconds  # of all users, for the time that is left
+        left = "nobody done yet"
+        if done:
+            seconds_left = (tally.total - done) / speed
+            left = f"{seconds_left:.0f} s left"
+        percent = 100 * done // tally.total
+        share = f"{done}/{tally.total} ({percent} %)"
         text = f"{share}, {speed:.1f} users/s, {left}, failures: {tally.failures}"
         log.info("Progress: %s", text, extra=PROGRESS)
 
     def show_summary(self, ending: Ending, results: Path, seconds: float) -> None:
         """Show how the run ended. Under --quiet that is shown only if it is news."""
         tally = self._tally
-        is_news = bool(ending.why or tally.new_reasons)
-        level = logging.WARNING if is_news else logging.INFO  # for --quiet
+        level = logging.INFO
+        if ending.why or tally.new_reasons:
+            level = logging.WARNING
         log.log(level, "", extra=CONSOLE_ONLY)
         if ending.why:
             log.error("The run ended early: %s", ending.why)
-        log.log(level, "INTEGRATION SUMMARY")
-        # In the words of the exercise. It counts users who were not attempted, too.
-        log.log(level, "Total users processed: %d", tally.total)
-        words = DRY_RUN_WORDS if self._is_dry_run else RUN_WORDS
-        for status, text in {**words, **OTHER_WORDS}.items():
+        # In the words of the exercise: users who were not attempted are counted, too.
+        lines = ["INTEGRATION SUMMARY", f"Total users processed: {tally.total}"]
+        words = RUN_WORDS
+        if self._is_dry_run:
+            words = DRY_RUN_WORDS
+        for status, text in words.items():
+            lines.append(f"{text}: {tally.counts[status]}")
+        for status, text in OTHER_WORDS.items():
             count = tally.counts[status]
-            if count or status in words:
-                log.log(level, "%s: %d", text, count)
-        show_reasons(tally.new_reasons, ending, level, None)
-        show_reasons(tally.known_reasons, ending, level, FILE_ONLY)
+            if count:
+                lines.append(f"{text}: {count}")
+        lines += list_reasons(tally.new_reasons, ending)
+        for line in lines:
+            log.log(level, "%s", line)
+        # Failures are known under --quiet only, which shows no INFO.
+        for line in list_reasons(tally.known_reasons, ending):
+            log.info("%s", line)
         log.log(level, "Results: %s", results)
         speed = tally.compute_speed(seconds)
         log.log(level, "Time: %.1f s, %.1f users a second", seconds, speed)
+
+
+def list_reasons(reasons: Counter[Reason], ending: Ending) -> list[str]:
+    """Return a line for each of the most frequent reasons of failure."""
+    lines = []
+    for reason, count in reasons.most_common(MAX_SHOWN_REASONS):
+        users = f"{count} users"
+        if count == 1:
+            users = "1 user"
+        text = reason.text
+        if reason.text in ending.why:
+            text = reason.brief  # the rest is shown already
+        elif reason.endpoint is not None:  # the text does not name the call
+            text = f"{reason.brief}: {text}"
+        lines.append(f"  {users}: {text}")
+    hidden = len(reasons) - MAX_SHOWN_REASONS
+    if hidden > 0:
+        lines.append(f"  More reasons, in the results file: {hidden}")
+    return lines
 
 
 # The machine
@@ -1066,16 +1090,19 @@ def limit_workers(max_workers: int) -> int:
     needed = max_workers + OTHER_OPEN_FILES
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return max_workers
-    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    allowed = needed
+    if hard != resource.RLIM_INFINITY:
+        allowed = min(needed, hard)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     except (OSError, ValueError):
         allowed = soft
-    workers = max(1, min(max_workers, allowed - OTHER_OPEN_FILES))
+    workers = min(max_workers, allowed - OTHER_OPEN_FILES)
+    workers = max(1, workers)
     if workers < max_workers:
+        text = f"{workers} calls in flight instead of MAX_WORKERS={max_workers}"
         cause = f"this account may open {allowed} files only (ulimit -n)"
-        text = "⚠ %d calls in flight instead of MAX_WORKERS=%d: %s"
-        log.info(text, workers, max_workers, cause)
+        log.info("⚠ %s: %s", text, cause)
     return workers
 
 
@@ -1084,35 +1111,34 @@ def tune_interpreter() -> None:
     # The rows are no garbage. To look through a million of them again and again stops
     # every thread for seconds.
     gc.freeze()
-    # With Python's 5 ms a busy thread holds up each step of another one's call by that
-    # much, and the calls arrive bunched: one bulk run in five met a 429.
+    # A thread that has an answer may have to wait this long for a busy one. With
+    # Python's 5 ms, calls start bunched: one bulk run in five met a 429.
     sys.setswitchinterval(0.0005)
 
 
-def listen_for_signals(control: RunControl, stops_in_order: threading.Event) -> None:
+def listen_for_signals(control: RunControl) -> None:
     """Wait in a thread for SIGINT, SIGTERM and SIGHUP.
 
-    Until `stops_in_order` is set, the first one ends the process at once. Afterwards
-    the first one stops the run in order, and the second ends the process. So no line of
-    the program is interrupted, and none that blocks in C delays a signal. Signals that
-    are ignored, as under nohup, stay ignored. Raises NoRoomForThread.
+    Before the run has begun, the first one ends the process at once. Afterwards the
+    first one stops the run in order, and the second ends the process. No other thread
+    gets them: they interrupt nothing, and are heard even while the main thread blocks.
+    Signals that are ignored, as under nohup, stay ignored. Raises NoRoomForThread.
     """
-    signals = {
-        number
-        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
-        if signal.getsignal(number) != signal.SIG_IGN
-    }
+    signals = []
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signals.append(number)
 
     def listen() -> None:
         received = signal.sigwait(signals)
-        if stops_in_order.is_set():
+        if control.has_begun.is_set():
             control.end(Interrupted(received))
             received = signal.sigwait(signals)
         os._exit(128 + received)  # without a word: console or log may block
 
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # all later threads inherit it
     try:
-        require_thread_room()
+        require_thread_room()  # with less, a thread may start and then hang
         threading.Thread(target=listen, daemon=True).start()
     except (OSError, RuntimeError) as error:
         text = f"no memory for a thread ({error}): raise ulimit -v or -u"
@@ -1134,6 +1160,29 @@ def make_connection(settings: Settings) -> DatabaseConnection:
     )
 
 
+def build_client(settings: Settings, control: RunControl) -> IterableClient:
+    """Return the client for the project. Raises NetworkSettingsError."""
+    workers = limit_workers(settings.max_workers)
+    return IterableClient(
+        settings.iterable_api_base_url,
+        settings.iterable_api_key,
+        rate=settings.iterable_rate_limit,
+        timeout=settings.iterable_timeout,
+        workers=workers,
+        retry=RetryPolicy(settings.iterable_max_attempts),
+        control=control,
+        redact=build_redactor(settings.iterable_api_key, settings.db_password),
+    )
+
+
+def find_identity(user: User, identify_by: IdentifyBy) -> str:
+    """Return the address or user ID of a user; empty if it is not usable."""
+    try:
+        return identify(user._asdict(), identify_by).value
+    except UnusableRow:
+        return ""
+
+
 def find_leavers(
     database: DatabaseConnection,
     settings: Settings,
@@ -1146,59 +1195,182 @@ def find_leavers(
     profile that somebody removed.
     """
     identify_by = settings.iterable_identify_by
-    present = set()
-    for row in rows:
-        with contextlib.suppress(UnusableRow):
-            present.add(identify(row._asdict(), identify_by).value)
-    gone = memory.users_left(present)
-    ids = [user.user_id for user in gone]
-    emails = database.find_customers(read_query(QUERIES, "customers_by_id"), ids)
+    present = {find_identity(row, identify_by) for row in rows}
+    absent = memory.users_left(present)
+    ids = [user.user_id for user in absent]
+    query = read_query(QUERIES, "customers_by_id")
+    addresses = database.find_customers(query, ids)
     leavers = []
-    for user in gone:
-        customer = str(user.user_id)
-        if customer in emails:
-            email = normalize_email(emails[customer])
-            identity = email if identify_by is IdentifyBy.EMAIL else customer
-            if identity == user.identity:
-                leavers.append(Leaver(user.user_id, identity, email or None))
+    for user in absent:
+        customer_id = str(user.user_id)
+        if customer_id in addresses:
+            leaver = Leaver(user.user_id, addresses[customer_id])
+            if find_identity(leaver, identify_by) == user.identity:
+                leavers.append(leaver)
     return leavers
 
 
-def read_database(
-    settings: Settings, options: Options, memory: Memory
-) -> tuple[list[PageViewRow], list[Leaver]]:
-    """Return the rows of Query 2, and the users to be reset.
+def read_database(settings: Settings, options: Options, memory: Memory) -> deque[User]:
+    """Return the users of this run: the rows of Query 2, then those to be reset.
 
     Raises DatabaseError, QueryFileError, TooFewUsers.
     """
     log.info("[STEP 2] Connecting to database...")
     with make_connection(settings) as database:
         log.info("[STEP 3] Executing Phase 2 Query 2...")
-        database.check_columns(read_query(QUERIES, "columns"))
-        rows = database.read_page_views(read_query(QUERIES, "query_2"))
-        log.info("Found %d pro user(s) with recent engagement", len(rows))
-        if options.at_least is not None and len(rows) < options.at_least:
-            few = f"{len(rows)} users found, fewer than --at-least {options.at_least}"
+        columns = read_query(QUERIES, "columns")
+        database.check_columns(columns)
+        query = read_query(QUERIES, "query_2")
+        rows = database.read_page_views(query)
+        found = len(rows)
+        log.info("Found %d pro user(s) with recent engagement", found)
+        at_least = options.at_least
+        if at_least is not None and found < at_least:
+            few = f"{found} users found, fewer than --at-least {at_least}"
             raise TooFewUsers(f"Nothing is sent: {few}")
-        leavers: list[Leaver] = []
+        users: deque[User] = deque(rows[: options.limit])
         if options.reset_left:
             leavers = find_leavers(database, settings, memory, rows)
             log.info("Found %d user(s) who left the segment", len(leavers))
-        return rows[: options.limit], leavers
+            users.extend(leavers)
+        return users
 
 
-def build_client(settings: Settings, control: RunControl) -> IterableClient:
-    """Return the client for the project. Raises NetworkSettingsError."""
-    return IterableClient(
-        settings.iterable_api_base_url,
-        settings.iterable_api_key,
-        rate=settings.iterable_rate_limit,
-        timeout=settings.iterable_timeout,
-        workers=limit_workers(settings.max_workers),
-        retry=RetryPolicy(settings.iterable_max_attempts),
-        control=control,
-        redact=build_redactor(settings.iterable_api_key, settings.db_password),
-    )
+# The run
+
+
+@dataclass
+class DeliveryRun:
+    """Sends the users of a run, and records each of them once.
+
+    It belongs to the main thread, which alone writes results and console, and counts.
+    The sender's workers only make calls.
+    """
+
+    users: deque[User]  # those without a delivery
+    planner: DeliveryPlanner
+    client: IterableClient
+    results: ResultsFile
+    memory: Memory
+    options: Options
+
+    def __post_init__(self) -> None:
+        self.tally = Tally(len(self.users))
+        is_dry_run = self.options.dry_run
+        self._narrator = Narrator(self.tally, is_dry_run=is_dry_run)
+        self._unrecorded: dict[int, Delivery] = {}  # by number
+
+    def send(self) -> None:
+        """Send and record all users, or record them as not attempted.
+
+        An error ends the run. What was delivered by then is recorded all the same.
+        """
+        # An error ends the run first, and then the sender waits for its workers.
+        with (
+            Sender(self.client, self._announce, bulk=self.options.bulk) as sender,
+            self._ending_at_error(),
+        ):
+            self._send_users(sender)
+        # After an error only: users who were in flight, and users who have no delivery.
+        for delivery in list(self._unrecorded.values()):
+            with self._ending_at_error():
+                self._record(delivery)
+        for _ in range(len(self.users)):
+            with self._ending_at_error():
+                self._record(self._plan_next())
+
+    @contextlib.contextmanager
+    def _ending_at_error(self) -> Iterator[None]:
+        """End the run at an error, and go on behind the block: all go on record."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - explained by explain_ending
+            self.client.control.end(error)
+
+    def _send_users(self, sender: Sender) -> None:
+        while self.users:
+            delivery = self._plan_next()
+            if delivery.calls is None:
+                self._record(delivery)
+            else:
+                sender.submit(delivery.calls)
+            self._record_finished(sender)
+            while sender.is_full:
+                self._record_finished(sender, wait=0.1)
+        sender.flush()  # a last group that is not full
+        while not sender.is_idle:
+            self._record_finished(sender, wait=0.1)
+
+    def _plan_next(self) -> Delivery:
+        """Return the next user's delivery; it has no calls when the run is ending.
+
+        The user is used up, so the memory is free while the others are sent.
+        """
+        number = self.tally.total - len(self.users) + 1
+        user = self.users[0]
+        if self.client.control.no_new_users.is_set():
+            delivery = Delivery(number, user.user_id, user.email)
+        else:
+            delivery = self.planner.plan(number, user)
+        self._unrecorded[number] = delivery
+        self.users.popleft()
+        return delivery
+
+    def _announce(self, users: Iterable[UserCalls]) -> None:
+        """Put on record that these users are about to be sent.
+
+        The sender calls this in `submit` and `flush`, so it is the main thread that
+        writes. After kill -9 the next run knows by it who may have been updated.
+        """
+        announced = []
+        for calls in users:
+            user_id = self._unrecorded[calls.number].user_id
+            announced.append((user_id, calls.update.identity.value))
+        self.results.announce(announced)
+
+    def _record_finished(self, sender: Sender, wait: float = 0.0) -> None:
+        """Record the users who are finished; wait up to so many seconds for one."""
+        for calls in sender.collect(wait):
+            delivery = self._unrecorded[calls.number]
+            self._record(delivery)
+        self._narrator.show_progress()
+
+    def _record(self, delivery: Delivery) -> None:
+        line = delivery.make_line()
+        hides_known = self.options.quiet and self.options.changed_only
+        if hides_known and delivery.status.is_failure:
+            delivery.is_known = self.memory.knows_failure(line)
+        if delivery.status is not Status.UNCHANGED:
+            was_sent = bool(delivery.results)  # then the line must survive kill -9
+            try:
+                self.results.add(line, sent=was_sent)
+            except ResultsNotWritable as error:
+                self.client.control.end(error)
+        del self._unrecorded[delivery.number]
+        self.tally.count(delivery)
+        self._narrator.show(delivery)
+
+    def finish(self) -> int:
+        """Complete the results file, show the summary and return the exit code."""
+        tally = self.tally
+        seconds = round(tally.seconds, 3)
+        error = self.client.control.close()  # no later one counts, and no signal
+        if error is not None:
+            ending = explain_ending(error)
+        elif tally.failures:
+            ending = Ending("completed", ExitCode.NOT_ALL_DELIVERED)
+        else:
+            ending = Ending("completed", ExitCode.SUCCESS)
+        summary = tally.make_summary(ending, self.client, seconds)
+        try:
+            self.results.finish(summary)
+        except ResultsNotWritable as disk_error:
+            why = str(disk_error)
+            if error is not None and error is not disk_error:
+                why = f"{ending.why}; {why}"
+            ending = explain_ending(disk_error)._replace(why=why)
+        self._narrator.show_summary(ending, self.results.path, seconds)
+        return ending.exit_code
 
 
 def show_duration(client: IterableClient, users: int) -> None:
@@ -1209,124 +1381,23 @@ def show_duration(client: IterableClient, users: int) -> None:
     log.info(text, users, singly, in_bulk)
 
 
-def show_cost(client: IterableClient, updates: int, resets: int, *, bulk: bool) -> None:
-    """Say what a real run would cost. `updates` include the resets."""
-    calls = client.count_calls(updates, updates - resets, bulk=bulk)
+def show_cost(client: IterableClient, tally: Tally, *, bulk: bool) -> None:
+    """Say after a dry run what a real run would cost."""
+    updates = tally.counts[Status.WOULD_SEND]
+    events = tally.events_to_send
+    calls = client.count_calls(updates, events, bulk=bulk)
     seconds = client.estimate_seconds(updates, bulk=bulk)
     text = "Dry run, nothing was sent. A run would make %d calls, in %.1f s or more"
     log.info(text, calls, seconds)
 
 
-# The run
-
-
-class DeliveryRun:
-    """Sends the users of a run, and records each of them once.
-
-    It belongs to the main thread, which alone writes results and console, and counts.
-    The sender's workers only make calls.
-    """
-
-    def __init__(
-        self,
-        client: IterableClient,
-        results: ResultsFile,
-        memory: Memory,
-        options: Options,
-        total: int,
-    ) -> None:
-        self.tally = Tally(total)
-        self._narrator = Narrator(self.tally, is_dry_run=options.dry_run)
-        self._client = client
-        self._results = results
-        self._memory = memory
-        self._options = options
-        self._unrecorded: dict[int, Delivery] = {}  # by number
-
-    def send(self, deliveries: Iterator[Delivery]) -> None:
-        """Send and record all users, or record them as not attempted.
-
-        An error ends the run. What was delivered by then is recorded all the same.
-        """
-        client = self._client
-        with Sender(client, self._announce, bulk=self._options.bulk) as sender:
-            try:
-                self._send_with(sender, deliveries)
-            except Exception as error:  # noqa: BLE001 - every user goes on record
-                client.control.end(explain_ending(error))
-        # There are none of either, unless an error came.
-        for delivery in list(self._unrecorded.values()):
-            self._record(delivery)
-        for delivery in deliveries:
-            self._record(delivery)
-
-    def _send_with(self, sender: Sender, deliveries: Iterator[Delivery]) -> None:
-        # When the run is ending, the rest of the deliveries comes without calls, and so
-        # is recorded here as not attempted.
-        for delivery in deliveries:
-            self._unrecorded[delivery.number] = delivery
-            if delivery.calls is not None:
-                sender.submit(delivery.calls)
-            else:
-                self._record(delivery)
-            self._record_finished(sender)
-            while sender.is_full:
-                self._record_finished(sender, wait=0.1)
-        sender.flush()  # a last group that is not full
-        while not sender.is_idle:
-            self._record_finished(sender, wait=0.1)
-
-    def _announce(self, users: Iterable[UserCalls]) -> None:
-        """Put on record that these users are about to be sent.
-
-        The sender calls this in `submit` and `flush`, so it is the main thread that
-        writes. After kill -9 the next run knows by it who may have been updated.
-        """
-        self._results.announce(
-            (self._unrecorded[user.number].user_id, user.update.identity.value)
-            for user in users
-        )
-
-    def _record_finished(self, sender: Sender, wait: float = 0.0) -> None:
-        """Record the users who are finished; wait up to so many seconds for one."""
-        for user in sender.collect(wait):
-            self._record(self._unrecorded[user.number])
-        self._narrator.show_progress()
-
-    def _record(self, delivery: Delivery) -> None:
-        line = delivery.make_line()
-        hides_known = self._options.quiet and self._options.changed_only
-        if hides_known and delivery.status.is_failure:
-            delivery.is_known = self._memory.knows_failure(line)
-        if delivery.status is not Status.UNCHANGED:
-            was_called = bool(delivery.results)
-            try:
-                self._results.add(line, sent=was_called)
-            except ResultsNotWritable as error:
-                self._client.control.end(error)
-        self._unrecorded.pop(delivery.number, None)
-        self.tally.count(delivery)
-        self._narrator.show(delivery)
-
-    def finish(self) -> int:
-        """Complete the results file, show the summary and return the exit code."""
-        seconds = round(self.tally.seconds, 3)
-        # What ended the run early, if anything. No signal changes that from here on.
-        error = self._client.control.close()
-        ending = make_ending(error, self.tally.failures)
-        summary = self.tally.make_summary(ending, self._client, seconds)
-        try:
-            self._results.finish(summary)
-        except ResultsNotWritable as error:
-            ending = make_ending(error, self.tally.failures)
-        self._narrator.show_summary(ending, self._results.path, seconds)
-        return ending.exit_code
-
-
 def describe_run(settings: Settings, options: Options) -> dict[str, Any]:
     """Return the head of the results file."""
+    mode = "send"
+    if options.dry_run:
+        mode = "dry-run"
     return {
-        "mode": "dry-run" if options.dry_run else "send",
+        "mode": mode,
         "database": f"{settings.db_name} on {settings.db_host}",
         "iterable": settings.iterable_api_base_url,
         "identify_by": settings.iterable_identify_by.value,
@@ -1334,42 +1405,34 @@ def describe_run(settings: Settings, options: Options) -> dict[str, Any]:
     }
 
 
-def run_integration(
-    settings: Settings,
-    options: Options,
-    control: RunControl,
-    stops_in_order: threading.Event,
-) -> int:
+def run_integration(settings: Settings, options: Options, control: RunControl) -> int:
     """Run once, from the rows to the results file, and return the exit code.
 
-    `stops_in_order` is set before the first user is sent: see `listen_for_signals`.
-    Raises KNOWN_ERRORS; nothing was sent then.
+    An error before the first user is raised; nothing was sent then.
     """
+    iterable = settings.iterable_api_base_url
+    identify_by = settings.iterable_identify_by.value
     with lock_results_folder(settings.results_dir) as folder:
         memory = Memory()
         if options.changed_only or options.reset_left:
-            memory = folder.read_memory(
-                iterable=settings.iterable_api_base_url,
-                identify_by=settings.iterable_identify_by.value,
-            )
-        rows, leavers = read_database(settings, options, memory)
+            memory = folder.read_memory(iterable=iterable, identify_by=identify_by)
+        users = read_database(settings, options, memory)
         log.info("[STEP 4] Initializing Iterable API client...")
         client = build_client(settings, control)
         log.info("[STEP 5] Processing user records...")
-        users: deque[User] = deque([*rows, *leavers])
-        del rows
-        if len(users) > LARGE_RUN and not options.bulk:
-            show_duration(client, len(users))
+        total = len(users)
+        if total > LARGE_RUN and not options.bulk:
+            show_duration(client, total)
         tune_interpreter()
-        stops_in_order.set()
+        control.has_begun.set()
         now = datetime.now().astimezone()
-        results = folder.create_results_file(describe_run(settings, options), now)
-        run = DeliveryRun(client, results, memory, options, len(users))
+        head = describe_run(settings, options)
+        results = folder.create_results_file(head, now)
         planner = DeliveryPlanner(settings, memory, options)
-        run.send(plan_deliveries(planner, users, control))
+        run = DeliveryRun(users, planner, client, results, memory, options)
+        run.send()
         if options.dry_run and not control.no_new_users.is_set():
-            updates = run.tally.counts[Status.WOULD_SEND]
-            show_cost(client, updates, len(leavers), bulk=options.bulk)
+            show_cost(client, run.tally, bulk=options.bulk)
         return run.finish()
 
 
@@ -1395,27 +1458,30 @@ class Checklist:
     def __init__(self, options: Options, control: RunControl) -> None:
         self._options = options
         self._control = control
-        self._until_the_end = contextlib.ExitStack()
-        self._exit_code: int = ExitCode.SUCCESS
+        self._stack = contextlib.ExitStack()  # closes the connection to the database
+        self._exit_code = 0
 
     def run(self) -> int:
         """Check everything, and return the exit code of the first item that fails."""
-        check = self._check
-        with self._until_the_end:
-            ready = check("Settings are complete", self._load)
-            check("Log file can be written", self._open_log, needs=ready)
-            words = "Results folder can be written and locked"
-            check(words, self._use_folder, needs=ready)
-            words = "Database can be reached and is new enough"
-            connected = check(words, self._connect, needs=ready)
-            words = "Tables and columns of the query are usable"
-            selectable = check(words, self._check_columns, needs=connected)
-            words = "The latest page view is not in the future"
-            check(words, self._check_latest_view, needs=selectable)
-            reached = check("Iterable can be reached", self._call_iterable, needs=ready)
-            accepted = check("API key is accepted", self._check_key, needs=reached)
-            words = "Iterable's user fields have the types that are sent"
-            check(words, self._check_fields, needs=accepted)
+        # An item needs those before it in its chain, and each chain needs the settings.
+        log_chain = [("Log file can be written", self._open_log)]
+        folder_chain = [("Results folder can be written and locked", self._use_folder)]
+        database_chain = [
+            ("Database can be reached and is new enough", self._connect),
+            ("Tables and columns of the query are usable", self._check_columns),
+            ("The latest page view is not in the future", self._check_latest_view),
+        ]
+        iterable_chain = [
+            ("Iterable can be reached", self._call_iterable),
+            ("API key is accepted", self._check_key),
+            ("Iterable's user fields have the types that are sent", self._check_fields),
+        ]
+        with self._stack:
+            has_settings = self._check("Settings are complete", self._load)
+            for chain in (log_chain, folder_chain, database_chain, iterable_chain):
+                is_good = has_settings
+                for words, action in chain:
+                    is_good = self._check(words, action, needs=is_good)
         return self._exit_code
 
     def _check(
@@ -1430,11 +1496,14 @@ class Checklist:
         except NotChecked as reason:
             log.info("- %s: not checked (%s)", words, reason)
             return False
-        except KNOWN_ERRORS as error:
-            log.error("✗ %s: %s", words, error)  # noqa: TRY400 - the error's text says all
-            self._exit_code = self._exit_code or find_exit_code(error)
+        except Exception as error:  # noqa: BLE001 - the item fails, whatever it is
+            ending = explain_ending(error)
+            log.error("✗ %s: %s", words, ending.why)  # noqa: TRY400 - that says all
+            self._exit_code = self._exit_code or ending.exit_code
             return False
-        log.info("✓ %s%s", words, f" ({finding})" if finding else "")
+        if finding:
+            words += f" ({finding})"
+        log.info("✓ %s", words)
         return True
 
     def _load(self) -> None:
@@ -1450,24 +1519,27 @@ class Checklist:
             with lock_results_folder(path):
                 return str(path)
         except FolderInUse as error:
-            return str(error)  # not a failure: it shows that the folder can be locked
+            raise NotChecked(str(error)) from None
 
     def _connect(self) -> str:
         connection = make_connection(self.settings)
-        self.database = self._until_the_end.enter_context(connection)
+        self.database = self._stack.enter_context(connection)
         return self.database.version
 
     def _check_columns(self) -> None:
-        self.database.check_columns(read_query(QUERIES, "columns"))
+        columns = read_query(QUERIES, "columns")
+        self.database.check_columns(columns)
         query = read_query(QUERIES, "query_2")
         # No EXPLAIN, which an account with rights on SQL views only may not use.
         self.database.execute_query(f"SELECT * FROM ({query}) AS query_2 WHERE FALSE")  # noqa: S608
 
     def _check_latest_view(self) -> None:
-        [row] = self.database.execute_query(read_query(QUERIES, "future_views"))
-        if row["latest"] is not None:
+        query = read_query(QUERIES, "future_views")
+        [row] = self.database.execute_query(query)
+        latest = row["latest"]
+        if latest is not None:
             cause = "event_time must be UTC, and not local time"
-            raise DatabaseError(f"{row['latest']} is in the future: {cause}")
+            raise DatabaseError(f"{latest} is in the future: {cause}")
 
     def _call_iterable(self) -> str:
         self.client = build_client(self.settings, self._control)
@@ -1489,18 +1561,24 @@ class Checklist:
         sent = dict(USER_FIELD_TYPES)
         if self.settings.iterable_identify_by is IdentifyBy.USER_ID:
             sent["email"] = "string"
-        found = result.fields or {}
+        types = result.fields or {}
         clashes = []
+        missing = []
         for name, kind in sent.items():
-            if found.get(name, kind) != kind:
-                clashes.append(f"{name} is {found[name]} there, and {kind} is sent")
+            if name not in types:
+                missing.append(name)
+            elif types[name] != kind:
+                there = types[name]
+                clashes.append(f"{name} is {there} there, and {kind} is sent")
         if clashes:
             raise CheckFailed(
                 f"{'; '.join(clashes)}: every update would be refused;"
                 " change the type in Iterable, or the name of the field"
             )
-        missing = ", ".join(name for name in sent if name not in found)
-        return f"not there before the first run: {missing}" if missing else ""
+        if missing:
+            names = ", ".join(missing)
+            return f"not there before the first run: {names}"
+        return ""
 
 
 # The program
@@ -1521,23 +1599,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
     setup_logger(quiet=options.quiet)
     control = RunControl()
-    stops_in_order = threading.Event()
     try:
-        listen_for_signals(control, stops_in_order)
+        listen_for_signals(control)
         if options.check:
             return Checklist(options, control).run()
-        settings = load_environment_variables(
-            options.env_file, needs_key=not options.dry_run
-        )
+        needs_key = not options.dry_run
+        settings = load_environment_variables(options.env_file, needs_key=needs_key)
         open_log_file(settings, options)
         log.info("Starting Iterable Integration - Phase 3")
         # Said late, because the log file's name is one of these settings.
         log.info("[STEP 1] Loading environment variables...")
-        return run_integration(settings, options, control, stops_in_order)
-    except KNOWN_ERRORS as error:
-        text = str(error) or "out of memory"
-        log.error("%s", text)  # noqa: TRY400 - the error's text says all
-        return find_exit_code(error)
+        return run_integration(settings, options, control)
+    except Exception as error:  # noqa: BLE001 - each has an exit code
+        ending = explain_ending(error)
+        log.error("%s", ending.why)  # noqa: TRY400 - that says all
+        return ending.exit_code
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def test_a_check_may_run_beside_a_run(
         ended = run_main("--check", database=two_users)
 
     assert ended.exit_code == 0
-    assert "Another run" in read_checklist(ended).passed["folder"]
+    assert "Another run" in read_checklist(ended).unchecked["folder"]
 
 
 # Settings, log and results folder

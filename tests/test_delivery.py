@@ -39,6 +39,7 @@ from logger_config import (
     Status,
 )
 from main import (
+    CheckFailed,
     Delivery,
     DeliveryPlanner,
     Ending,
@@ -48,10 +49,7 @@ from main import (
     Reason,
     SettingsError,
     TooFewUsers,
-    UnexpectedError,
     explain_ending,
-    find_exit_code,
-    make_ending,
     make_reason,
 )
 
@@ -74,8 +72,8 @@ from main import (
         (FolderInUse(), 75),
         (ResultsNotWritable(), 1),
         (NoRoomForThread(), 1),
+        (CheckFailed(), 1),
         (MemoryError(), 1),
-        (UnexpectedError(), 1),
         (Interrupted(signal.SIGHUP), 129),
         (Interrupted(signal.SIGINT), 130),
         (Interrupted(signal.SIGTERM), 143),
@@ -83,7 +81,7 @@ from main import (
     ids=repr,
 )
 def test_an_exit_code(error: Exception, exit_code: int) -> None:
-    assert find_exit_code(error) == exit_code
+    assert explain_ending(error).exit_code == exit_code
 
 
 @pytest.mark.parametrize(
@@ -99,40 +97,27 @@ def test_an_exit_code(error: Exception, exit_code: int) -> None:
     ids=repr,
 )
 def test_a_built_in_error_has_no_exit_code_of_its_own(error: Exception) -> None:
-    assert find_exit_code(error) == ExitCode.NOT_ALL_DELIVERED
+    assert explain_ending(error).exit_code == ExitCode.NOT_ALL_DELIVERED
 
 
 def test_a_subclass_has_the_exit_code_of_its_class() -> None:
     class OwnError(KeyRefused):
         """More particular than the known one."""
 
-    assert find_exit_code(OwnError()) == ExitCode.GIVEN_UP
+    assert explain_ending(OwnError()).exit_code == ExitCode.GIVEN_UP
 
 
-def test_a_run_without_failures_is_a_success() -> None:
-    assert make_ending(None, failures=0) == Ending("completed", 0, "")
+def test_a_signal_interrupts_a_run() -> None:
+    ending = explain_ending(Interrupted(signal.SIGTERM))
+
+    assert ending == Ending("interrupted", 143, "Stopped by SIGTERM")
 
 
-def test_a_run_with_failures_is_complete() -> None:
-    assert make_ending(None, failures=3) == Ending("completed", 1, "")
+def test_a_known_error_says_all(caplog: pytest.LogCaptureFixture) -> None:
+    ending = explain_ending(KeyRefused("check the key"))
 
-
-def test_a_run_may_be_interrupted() -> None:
-    error = Interrupted(signal.SIGTERM)
-
-    assert make_ending(error, 0) == Ending("interrupted", 143, "Stopped by SIGTERM")
-
-
-def test_a_run_may_be_aborted() -> None:
-    error = KeyRefused("check the key")
-
-    assert make_ending(error, 3) == Ending("aborted", 4, "check the key")
-
-
-def test_a_known_error_ends_a_run_as_it_is() -> None:
-    error = NoRoomForThread("lower MAX_WORKERS")
-
-    assert explain_ending(error) is error
+    assert ending == Ending("aborted", 4, "check the key")
+    assert caplog.records == []
 
 
 def test_an_unforeseen_error_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -141,8 +126,8 @@ def test_an_unforeseen_error_is_logged(caplog: pytest.LogCaptureFixture) -> None
     ending = explain_ending(error)
 
     [record] = caplog.records
-    assert isinstance(ending, UnexpectedError)
-    assert str(ending) == "unexpected error KeyError('x'): see the log file"
+    why = "unexpected error KeyError('x'): see the log file"
+    assert ending == Ending("aborted", 1, why)
     assert record.levelno == logging.CRITICAL
     assert record.exc_info is not None
     assert record.exc_info[1] is error
@@ -151,8 +136,7 @@ def test_an_unforeseen_error_is_logged(caplog: pytest.LogCaptureFixture) -> None
 def test_memory_that_runs_out_has_a_cure() -> None:
     ending = explain_ending(MemoryError())
 
-    assert isinstance(ending, UnexpectedError)
-    assert str(ending) == "out of memory: raise ulimit -v, or lower MAX_WORKERS"
+    assert ending.why == "out of memory: raise ulimit -v, or lower MAX_WORKERS"
 
 
 # Status and reasons
@@ -166,7 +150,6 @@ LOST_EVENT = CallResult("events/track", ok=False, reason="check the network")
 FORGOTTEN = CallResult(
     "users/update", ok=False, status=409, code="ForgottenUserError", reason="forgotten"
 )
-CANCELLED = "cancelled"
 NO_EVENT = "no event"
 
 Outcome = CallResult | str | None
@@ -181,16 +164,18 @@ def set_outcome(call: Call, outcome: Outcome) -> Call:
 def make_delivery(
     update: Outcome = UPDATED, event: Outcome = TRACKED, *, number: int = 1
 ) -> Delivery:
-    """Return a delivery whose calls ended like this; None: they are still open."""
+    """Return a delivery whose calls ended like this; None: they were not made."""
     event_call = None
+    event_id = None
     if event != NO_EVENT:
         event_call = set_outcome(make_event(number), event)
+        event_id = f"page-view-{number}"
     update_call = set_outcome(make_update(number), update)
     return Delivery(
         number=number,
         user_id=number,
         email=f"user{number}@example.com",
-        event_id=f"page-view-{number}",
+        event_id=event_id,
         fingerprint="f" * 64,
         calls=UserCalls(number, update_call, event_call),
     )
@@ -200,18 +185,14 @@ STATUSES = {
     (UPDATED, TRACKED): Status.SUCCESS,
     (UPDATED, LOST_EVENT): Status.PARTIAL_FAILURE,
     (UPDATED, FORGOTTEN): Status.FORGOTTEN,
-    (UPDATED, CANCELLED): Status.PARTIAL_FAILURE,
     (UPDATED, None): Status.PARTIAL_FAILURE,
     (UPDATED, NO_EVENT): Status.RESET,
     (REFUSED, TRACKED): Status.PARTIAL_FAILURE,
     (REFUSED, LOST_EVENT): Status.TOTAL_FAILURE,
     (REFUSED, FORGOTTEN): Status.FORGOTTEN,
-    (REFUSED, CANCELLED): Status.TOTAL_FAILURE,
     (REFUSED, None): Status.TOTAL_FAILURE,
     (REFUSED, NO_EVENT): Status.TOTAL_FAILURE,
     (FORGOTTEN, NO_EVENT): Status.FORGOTTEN,
-    (CANCELLED, CANCELLED): Status.NOT_ATTEMPTED,
-    (CANCELLED, NO_EVENT): Status.NOT_ATTEMPTED,
     (None, None): Status.NOT_ATTEMPTED,
     (None, NO_EVENT): Status.NOT_ATTEMPTED,
 }
@@ -258,17 +239,17 @@ def test_each_failed_call_has_its_reason() -> None:
 
 
 def test_an_event_that_was_not_sent_is_the_reason() -> None:
-    delivery = make_delivery(UPDATED, CANCELLED)
+    delivery = make_delivery(UPDATED, None)
 
     assert delivery.reasons == [Reason(NOT_SENT, NOT_SENT)]
 
 
 def test_a_refused_update_is_the_reason_when_no_event_was_sent() -> None:
-    assert make_delivery(REFUSED, CANCELLED).reasons == [REFUSED_REASON]
+    assert make_delivery(REFUSED, None).reasons == [REFUSED_REASON]
 
 
-UPDATES: list[Outcome] = [UPDATED, REFUSED, FORGOTTEN, CANCELLED, None]
-EVENTS: list[Outcome] = [TRACKED, LOST_EVENT, FORGOTTEN, CANCELLED, None, NO_EVENT]
+UPDATES: list[Outcome] = [UPDATED, REFUSED, FORGOTTEN, None]
+EVENTS: list[Outcome] = [TRACKED, LOST_EVENT, FORGOTTEN, None, NO_EVENT]
 
 
 @given(
@@ -293,7 +274,7 @@ def test_only_failures_have_reasons(
     assert delivery.make_line()["status"] == delivery.status.value
     for reason in reasons:
         assert reason.brief
-        assert reason.advice
+        assert reason.text
 
 
 # The line of the results file
@@ -349,7 +330,7 @@ def test_an_error_of_our_own_is_not_called_no_answer() -> None:
 
 
 def test_a_call_that_was_not_made_has_no_line() -> None:
-    line = make_delivery(UPDATED, CANCELLED).make_line()
+    line = make_delivery(UPDATED, None).make_line()
 
     assert line["events_track"] is None
 
@@ -367,10 +348,7 @@ class Plan(NamedTuple):
         self, number: int = 1, user: PageViewRow | Leaver | None = None, **changes: Any
     ) -> Delivery:
         """Return the delivery of a user, by default of ROW with these changes."""
-        row = user or ROW._replace(**changes)
-        delivery = Delivery(number, row.user_id, row.email)
-        self.planner.plan(delivery, row)
-        return delivery
+        return self.planner.plan(number, user or ROW._replace(**changes))
 
 
 def start_plan(*arguments: str, memory: Memory | None = None, **changes: str) -> Plan:
@@ -420,7 +398,7 @@ def test_a_row_by_user_id_has_two_calls() -> None:
         ),
         (
             IdentifyBy.USER_ID,
-            {"userId": "a@x", "dataFields": {"recent_page_view": False}},
+            {"userId": "7", "dataFields": {"recent_page_view": False}},
         ),
     ],
 )
@@ -429,9 +407,10 @@ def test_a_user_who_left_has_one_call(
 ) -> None:
     plan = start_plan(ITERABLE_IDENTIFY_BY=identify_by.value)
 
-    delivery = plan.plan(user=Leaver(7, "a@x", "a@x"))
+    delivery = plan.plan(user=Leaver(7, " A@x"))
 
     assert read_payloads(delivery) == [payload, None]
+    assert delivery.email == "a@x"
     assert delivery.event_id is None
     assert delivery.fingerprint is not None
 

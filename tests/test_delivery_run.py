@@ -27,18 +27,15 @@ from lab.clients import (
 from lab.runs import (
     Users,
     assert_adds_up,
-    make_planner,
     make_rows,
     run_deliveries,
 )
-from logger_config import Memory, ResultsFile, ResultsNotWritable, Status
+from logger_config import Memory, ResultsFile, ResultsNotWritable
 from main import (
     DeliveryPlanner,
     ExitCode,
     Interrupted,
     Leaver,
-    UnexpectedError,
-    plan_deliveries,
 )
 
 # The deliveries of a run
@@ -46,37 +43,21 @@ from main import (
 
 def test_users_are_numbered_in_their_order() -> None:
     users = make_rows(2)
-    users.append(Leaver(9, "left@x", "left@x"))
+    users.append(Leaver(9, "left@example.com"))
 
-    planned = [*plan_deliveries(make_planner(), users, RunControl())]
+    recorded = run_deliveries(users=users)
 
-    numbers = {delivery.number: delivery.user_id for delivery in planned}
+    numbers = {number: line["user_id"] for number, line in recorded.lines.items()}
     assert numbers == {1: 1, 2: 2, 3: 9}
-    assert not users
 
 
-def test_when_a_run_is_ending_users_come_without_calls() -> None:
+def test_when_a_run_is_ending_no_row_is_looked_at() -> None:
     control = RunControl()
-    deliveries = plan_deliveries(make_planner(), make_rows(3), control)
+    control.end(Interrupted(signal.SIGINT))
 
-    first = next(deliveries)
-    control.end(ValueError("stop"))
-    rest = [*deliveries]
+    recorded = run_deliveries(users=deque([ROW._replace(email=None)]), control=control)
 
-    assert first.calls is not None
-    assert [delivery.calls for delivery in rest] == [None, None]
-    assert [delivery.number for delivery in rest] == [2, 3]
-
-
-def test_a_plan_that_fails_ends_the_run() -> None:
-    control = RunControl()
-    planner = make_planner()
-
-    with mock.patch.object(planner, "plan", side_effect=[None, KeyError("x"), None]):
-        planned = [*plan_deliveries(planner, make_rows(3), control)]
-
-    assert [delivery.status for delivery in planned] == [Status.NOT_ATTEMPTED] * 3
-    assert isinstance(control.close(), UnexpectedError)
+    assert recorded.statuses == ["not_attempted"]
 
 
 # Any replies
@@ -212,7 +193,7 @@ def test_a_stop_after_the_end_does_not_count() -> None:
 
 def test_users_who_left_are_counted_as_reset() -> None:
     users = make_rows(1)
-    users.append(Leaver(9, "left@example.com", "left@example.com"))
+    users.append(Leaver(9, "left@example.com"))
 
     recorded = run_deliveries(users=users)
 
@@ -224,7 +205,7 @@ def test_users_who_left_are_counted_as_reset() -> None:
 
 def test_users_who_left_may_be_in_one_group_with_others() -> None:
     users = make_rows(1)
-    users.append(Leaver(9, "left@example.com", "left@example.com"))
+    users.append(Leaver(9, "left@example.com"))
 
     recorded = run_deliveries(
         "--bulk",
@@ -293,16 +274,22 @@ RUNNING_OUT = [
     (DeliveryPlanner, "plan", KeyError("x"), "unexpected error KeyError('x')"),
     (Sender, "collect", RuntimeError("x"), "unexpected error RuntimeError('x')"),
     (main.Narrator, "show", ValueError("x"), "unexpected error ValueError('x')"),
+    (main, "Delivery", MemoryError(), "out of memory"),
 ]
 
 
 @pytest.mark.parametrize("after", [0, 12])
 @pytest.mark.parametrize(("owner", "name", "error", "words"), RUNNING_OUT, ids=str)
 def test_whatever_runs_out_every_user_is_on_record(
-    owner: Any, name: str, error: Exception, words: str, after: int
+    owner: Any,
+    name: str,
+    error: Exception,
+    words: str,
+    after: int,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     failing = fail_after(after, error, getattr(owner, name))
-    if name == "show":  # it works again for the users who are left
+    if name == "Delivery":  # it works again for the users who are left
         failing = fail_once(after, error, getattr(owner, name))
 
     with mock.patch.object(owner, name, failing):
@@ -320,6 +307,7 @@ def test_whatever_runs_out_every_user_is_on_record(
     assert_adds_up(recorded, 30)
     assert recorded.exit_code == 1
     assert recorded.summary["outcome"] == "aborted"
+    assert f"The run ended early: {words}" in caplog.text
     assert successes == delivered
 
 
@@ -364,6 +352,20 @@ def test_a_disk_that_is_full_at_the_end_ends_the_run_with_1(
 
     assert recorded.exit_code == 1
     assert "The run ended early: make room" in caplog.messages
+
+
+def test_a_disk_that_is_full_after_a_stop_is_said_with_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    control = RunControl()
+    control.end(Interrupted(signal.SIGTERM))
+    full = ResultsNotWritable("make room")
+
+    with mock.patch.object(ResultsFile, "finish", side_effect=full):
+        recorded = run_deliveries(users=make_rows(3), control=control)
+
+    assert recorded.exit_code == 1
+    assert "The run ended early: Stopped by SIGTERM; make room" in caplog.messages
 
 
 # Known failures

@@ -346,7 +346,7 @@ def test_an_unknown_identity_is_refused(
     ended = run_main(database=create_customers(1), ITERABLE_IDENTIFY_BY="userid")
 
     assert ended.exit_code == 2
-    assert "ITERABLE_IDENTIFY_BY must be email or userId" in ended.console
+    assert "ITERABLE_IDENTIFY_BY must be one of email, userId" in ended.console
     assert standin.counters()["connections"] == 0
 
 

@@ -439,18 +439,33 @@ def test_an_unforeseen_error_in_an_answer_costs_that_call_alone(
     assert find_delivered(standin) == {address(number) for number in range(1, 31)}
 
 
-def test_memory_that_runs_out_before_the_first_user_is_said(
-    run_main: RunMain, thirty: dict[str, str], standin: StandIn
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        ("MemoryError", "out of memory: raise ulimit -v, or lower MAX_WORKERS\n"),
+        (
+            "ZeroDivisionError",
+            "unexpected error ZeroDivisionError(): see the log file\n",
+        ),
+    ],
+)
+def test_an_unforeseen_error_before_the_first_user_is_said(
+    run_main: RunMain,
+    thirty: dict[str, str],
+    standin: StandIn,
+    error: str,
+    sentence: str,
 ) -> None:
     ended = run_broken(
         run_main,
         thirty,
         breaks="logger_config.lock_results_folder",
         words="",
-        error="MemoryError",
+        error=error,
     )
 
     assert ended.exit_code == 1
     assert ended.errors == ""
-    assert len(ended.console.splitlines()) == 1
+    assert ended.console == sentence
+    assert "Traceback" in ended.log
     assert standin.count_calls(USERS_UPDATE) == 0

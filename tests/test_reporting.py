@@ -46,13 +46,16 @@ def make_delivery(
     update_call = make_update(number)
     update_call.result = update
     event_call = None
+    event_id = None
     if event is not None:
         event_call = make_event(number)
         event_call.result = event
+        event_id = f"page-view-{number}"
     return Delivery(
         number=number,
         user_id=number,
         email=f"user{number}@example.com",
+        event_id=event_id,
         calls=UserCalls(number, update_call, event_call),
     )
 
@@ -208,7 +211,7 @@ def test_a_summary() -> None:
         "calls": 7,
         "retries": 2,
         "duration_seconds": 2.0,
-        "users_per_second": 3.0,
+        "users_per_second": 3.5,
         "failure_reasons": [
             {
                 "endpoint": "users/update",
@@ -241,6 +244,17 @@ def test_two_calls_that_failed_for_one_reason_count_once() -> None:
     tally = count_all([make_delivery(1, BAD_PARAMS, event)])
 
     assert tally.new_reasons.total() == 1
+
+
+def test_users_who_would_get_no_event_are_counted_apart() -> None:
+    row = skip(1, Status.WOULD_SEND)
+    row.event_id = "page-view-1"
+    leaver = skip(2, Status.WOULD_SEND)
+
+    tally = count_all([row, leaver])
+
+    assert tally.counts[Status.WOULD_SEND] == 2
+    assert tally.events_to_send == 1
 
 
 def test_known_reasons_are_counted_apart() -> None:
@@ -558,7 +572,7 @@ Cannot be sent: 1
 Unchanged since they were delivered, not sent again: 1
   1 user: no address: correct it
 Results: {RESULTS}
-Time: 0.5 s, 2.0 users a second
+Time: 0.5 s, 4.0 users a second
 """
     )
 
@@ -656,7 +670,7 @@ def test_ten_reasons_are_shown_the_most_frequent_first(screen: Screen) -> None:
     assert lines[0] == "  2 users: users/update 400 BadParams: frequent"
     assert lines[1] == "  1 user: users/update 400 BadParams: reason 3"
     assert lines[9] == "  1 user: users/update 400 BadParams: reason 11"
-    assert lines[10] == "  2 more reasons stand in the results file"
+    assert lines[10] == "  More reasons, in the results file: 2"
 
 
 def test_a_quiet_success_shows_nothing(screen: Screen) -> None:

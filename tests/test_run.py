@@ -439,7 +439,7 @@ def test_the_console_shows_the_ten_most_frequent_reasons(
     reasons = list_reasons(ended)
     assert len(reasons) == 11
     assert reasons[0] == "2 users: events/track 400 BadParams: No 12"
-    assert reasons[10] == "2 more reasons stand in the results file"
+    assert reasons[10] == "More reasons, in the results file: 2"
     assert len(ended.summary["failure_reasons"]) == 12
 
 

@@ -238,8 +238,8 @@ def test_a_base_url_may_have_another_ending(host: str) -> None:
 
 # Complaints
 
-NO_LEVEL = "LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR"
-NO_KIND = "ITERABLE_IDENTIFY_BY must be email or userId"
+NO_LEVEL = "LOG_LEVEL must be one of DEBUG, INFO, WARNING, ERROR"
+NO_KIND = "ITERABLE_IDENTIFY_BY must be one of email, userId"
 NO_HOST = (
     "ITERABLE_API_BASE_URL must be a host's address such as https://api.iterable.com,"
     " without path, query or user"
@@ -405,7 +405,15 @@ def test_a_secret_file_must_hold_text(write_file: WriteFile, name: str) -> None:
 
     complaints = list_complaints(**{name: None, f"{name}_FILE": str(path)})
 
-    assert complaints == [f"{name}_FILE cannot be read (it is not text)"]
+    assert complaints == [f"{name} is not text"]
+
+
+def test_an_empty_file_of_the_key_is_a_complaint(write_file: WriteFile) -> None:
+    path = write_file("\n")
+
+    complaints = list_complaints(ITERABLE_API_KEY=None, ITERABLE_API_KEY_FILE=str(path))
+
+    assert complaints == ["ITERABLE_API_KEY_FILE names an empty file"]
 
 
 def test_a_key_in_a_file_is_checked(write_file: WriteFile) -> None:

@@ -24,7 +24,6 @@ from main import (
     Settings,
     load_environment_variables,
     parse_arguments,
-    plan_deliveries,
 )
 
 NO_ENV_FILE = Path(os.devnull)
@@ -109,9 +108,9 @@ def run_deliveries(
     ):
         results = folder.create_results_file({}, datetime.now(timezone.utc))
         parsed = parse_arguments(arguments)
-        run = DeliveryRun(client, results, memory, parsed, len(users))
         planner = make_planner(*arguments, memory=memory)
-        run.send(plan_deliveries(planner, users, client.control))
+        run = DeliveryRun(users, planner, client, results, memory, parsed)
+        run.send()
         exit_code = run.finish()
         if results.path.suffix == ".json":
             document = json.loads(results.path.read_text("utf-8"))
