@@ -231,7 +231,6 @@ def _check_text(column: str, text: str) -> str:
 
 # What an answer means
 
-NAMED_AS_FAILED = "the answer to the group names the user as failed"
 MAX_KEPT_TEXT = 500  # characters of an answer that log and results file keep
 RETRYABLE_STATUSES = {408, 429, 500, 502, 503, 504}
 DISALLOWED = "is disallowed from tracking"  # stands in the `msg` of a 200
@@ -1562,8 +1561,9 @@ class Sender(AbstractContextManager["Sender"]):
     def _find_due_call(self, user: UserCalls) -> Call | None:
         """Return the call that a user needs next; None if the user is finished.
 
-        A provisional result is replaced by that of a single call. It stays when the run
-        is ending and the call may not start any more; then the next call is due.
+        A call without a result is due: it was not made, or Iterable refused it in the
+        group. So is one with a provisional result. When the run is ending and it may
+        not start, a provisional result stays and the next call is due.
         """
         for call in user.calls:
             may_start = not self._client.control.get_stop(call.endpoint).is_set()
@@ -1586,7 +1586,8 @@ class Sender(AbstractContextManager["Sender"]):
     def _make_calls(self, group: list[UserCalls], endpoint: Endpoint) -> None:
         """Make the calls to an endpoint that are due, together if there are several.
 
-        If the run ended before, they get no result.
+        If the run ended before, they get no result. Users whom a clear answer to their
+        group names as failed get none, either.
         """
         calls = []
         for user in group:
@@ -1602,10 +1603,10 @@ class Sender(AbstractContextManager["Sender"]):
         if result.is_provisional:
             text = "%s: %s; its %d users are sent singly, unless the run is ending"
             log.info(text, result.headline, result.reason, len(calls), extra=FILE_ONLY)
-        refused = replace(result, ok=False, reason=result.reason or NAMED_AS_FAILED)
+        is_about_all = len(calls) == 1 or not result.ok
         for call in calls:
-            is_final = len(calls) == 1 or call.identity.value in result.confirmed
-            call.result = result if is_final else refused
+            if is_about_all or call.identity.value in result.confirmed:
+                call.result = result
 
     def _note(self, user: UserCalls) -> None:
         """Count users in a row without a usable answer, in the order they finish."""
