@@ -36,7 +36,7 @@ LOG_SIZE = 10_000_000  # bytes, at which the log is rotated
 OLD_LOGS = 5  # files kept
 SYNC_INTERVAL = 1.0  # seconds between two syncs of a results file, while lines arrive
 
-# Silent below ERROR: what they would warn of, our modules log with an advice.
+# These log errors only. Of what they would warn, our modules tell what to do.
 MUTED_PACKAGES = ("urllib3", "mysql.connector")
 
 # Under systemd these are sockets, which cannot be opened by name.
@@ -66,7 +66,7 @@ MALFORMED = (
     RecursionError,
 )
 
-Redactor = Callable[[str], str]  # `str` itself redacts nothing
+Redactor = Callable[[str], str]  # the function `str` is one that redacts nothing
 
 log = logging.getLogger(__name__)
 
@@ -115,11 +115,10 @@ def build_redactor(*secrets: str) -> Redactor:
 
 def _match_character(character: str) -> str:
     """Return a pattern for the ways in which a character of a secret is written."""
-    encoded = quote(character, safe="")
-    if encoded.isalnum():
-        return character
+    if character.isascii() and character.isalnum():
+        return character  # which nothing escapes
     forms = [
-        encoded,
+        quote(character, safe=""),
         quote_plus(character),
         json.dumps(character)[1:-1],
         f"\\u{ord(character):04x}",  # some JSON has this for < > & = and others
@@ -189,6 +188,7 @@ def _log_uncaught_exception(*exc_info: Any) -> None:
 
 
 def _is_for(destination: str, record: logging.LogRecord) -> bool:
+    """Whether a record goes there. One without a destination goes everywhere."""
     return getattr(record, "destination", destination) == destination
 
 
@@ -254,7 +254,7 @@ class _Console(logging.StreamHandler):  # type: ignore[type-arg]
             super().handleError(record)  # a wrong log call, which is reported
             return
         # From now on all output goes nowhere. Otherwise Python would try to write the
-        # rest of it at its end, and end with 120.
+        # rest of it when it exits, and change the exit code to 120.
         with suppress(OSError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
@@ -270,8 +270,6 @@ class _LogFile(logging.handlers.RotatingFileHandler):
         super().__init__(path, backupCount=OLD_LOGS)
         if path.is_file() and not path.is_symlink():
             self.maxBytes = LOG_SIZE  # without it, the log is not rotated
-        # If it is so large at the start, an earlier run could not rotate it, and has
-        # warned of that.
         self._was_too_large = path.stat().st_size >= LOG_SIZE
         self._has_failed = False
 
@@ -283,6 +281,7 @@ class _LogFile(logging.handlers.RotatingFileHandler):
             super().doRollover()
         except OSError as error:
             self.maxBytes = 0
+            # A log that was too large at the start had its warning in an earlier run.
             level = logging.INFO if self._was_too_large else logging.WARNING
             log.log(
                 level,
@@ -293,9 +292,11 @@ class _LogFile(logging.handlers.RotatingFileHandler):
             )
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's
-        if not self._has_failed:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)  # a wrong log call, which is reported
+        elif not self._has_failed:
             self._has_failed = True
-            error = sys.exc_info()[1]
             log.error("The log file %s cannot be written: %s", self.baseFilename, error)
 
 
@@ -313,10 +314,9 @@ def _open_text(path: str | Path, mode: str) -> IO[str]:
 
 
 def _open_private(path: str, flags: int) -> int:
-    """Open a file; make it for its owner alone if it is missing."""
+    """Open a file or a standard stream. A new file is for its owner alone."""
     if path in STANDARD_STREAMS:
         return os.dup(STANDARD_STREAMS[path])
-    flags |= os.O_CREAT  # which the mode "r+" does not hold
     return os.open(path, flags, 0o600)
 
 
@@ -371,6 +371,13 @@ class UserLine(_OptionalKeys):
     fingerprint: str | None  # of the payloads, the project and its key
 
 
+class SentUser(NamedTuple):
+    """A user whose update Iterable accepted, or may have accepted."""
+
+    user_id: int | str
+    identity: str  # the address or user ID that was sent
+
+
 # Returns a value as one line of JSON.
 to_json = json.JSONEncoder(ensure_ascii=False).encode
 
@@ -379,6 +386,15 @@ _decode = json.JSONDecoder().raw_decode
 
 
 # The results folder
+
+
+def _announced_path(results: Path) -> Path:
+    """Return the path of the list of announced users, a hidden file beside the results.
+
+    A user is announced before anything is sent. If the run is killed before the user
+    has a line in the results, the next run knows by the list who may have been updated.
+    """
+    return results.with_name(f".{results.name}.started")
 
 
 class EarlierRun(NamedTuple):
@@ -406,13 +422,13 @@ def lock_results_folder(path: Path) -> Iterator[ResultsFolder]:
         FolderInUse: another run holds the lock.
         FolderNotUsable: this account cannot write or lock there.
         ResultsNotWritable: the disk is full or broken.
-        EarlierResultsUnreadable: the number of this run is one more than theirs.
+        EarlierResultsUnreadable: their heads are read, for the number of this run.
     """
     with _creating_in(path):
         path.mkdir(parents=True, exist_ok=True)
         lock = open(  # noqa: SIM115 - closed below
             path / LOCK_NAME,
-            "r+b",
+            "a+b",
             buffering=0,
             opener=_open_private,
         )
@@ -421,8 +437,9 @@ def lock_results_folder(path: Path) -> Iterator[ResultsFolder]:
         now = datetime.now().astimezone()
         holder = f"process {os.getpid()}, since {now:%F %T %z}"
         with _creating_in(path):
-            lock.truncate()
+            lock.truncate(0)
             lock.write(holder.encode())
+            # The lock file may be an old one. Is another file possible, too?
             with tempfile.TemporaryFile(dir=path) as file:
                 file.write(b"\n")
         yield ResultsFolder(path)
@@ -435,6 +452,7 @@ def _take_lock(lock: IO[bytes], folder: Path) -> None:
     except (BlockingIOError, PermissionError):  # the latter on a Windows share
         holder = "an unknown process"
         with suppress(OSError):  # such a share may refuse that, too
+            lock.seek(0)
             holder = lock.read().decode(errors="replace") or holder
         raise FolderInUse(f"Another run holds {folder}: {holder}") from None
     except OSError as error:
@@ -456,19 +474,17 @@ class ResultsFolder:
         """Return what the earlier runs say about their users.
 
         `iterable` (base URL) and `identify_by` are those of this run. Only runs with
-        the same ones say who was updated. Dry runs do not count. Damaged lines are
-        skipped with a warning.
+        the same ones say who was updated. Dry runs do not count. A line that is damaged
+        is skipped with a warning.
 
         Raises:
             EarlierResultsUnreadable
         """
         memory = Memory()
         for run in self.runs:
-            is_same_project = (
-                run.iterable == iterable and run.identify_by == identify_by
-            )
+            has_same_users = run.iterable == iterable and run.identify_by == identify_by
             if run.mode == "send":
-                _read_run(run, memory, is_same_project=is_same_project)
+                _read_run(run, memory, has_same_users=has_same_users)
         return memory
 
     def create_results_file(
@@ -482,15 +498,17 @@ class ResultsFolder:
             FolderNotUsable
             ResultsNotWritable
         """
-        numbers = [run.number for run in self.runs]
+        last_number = self.runs[-1].number if self.runs else 0
         whole_head = {
-            "number": max(numbers, default=0) + 1,
+            "number": last_number + 1,
             "started_at": started.isoformat(timespec="seconds"),
             **head,
         }
-        while any(self.path.glob(f"{started:{NAME_FORMAT}}*")):
+        name = started.strftime(NAME_FORMAT)
+        while any(self.path.glob(f"{name}*")):
             started += timedelta(seconds=1)
-        path = self.path / f"{started:{NAME_FORMAT}}.partial"
+            name = started.strftime(NAME_FORMAT)
+        path = self.path / f"{name}.partial"
         with _creating_in(self.path):
             self._remove_orphans()
             return ResultsFile(path, whole_head)
@@ -585,7 +603,7 @@ def _is_torn(path: Path, text: str) -> bool:
     return path.suffix == ".partial" and not text.endswith("\n")
 
 
-def _read_run(run: EarlierRun, memory: Memory, *, is_same_project: bool) -> None:
+def _read_run(run: EarlierRun, memory: Memory, *, has_same_users: bool) -> None:
     """Read the users' lines of a run into the memory.
 
     Raises:
@@ -599,43 +617,42 @@ def _read_run(run: EarlierRun, memory: Memory, *, is_same_project: bool) -> None
             # What follows the object is ignored: a comma, or what a power failure left
             # of another line.
             line, _ = _decode(text)
-            identity = str(line[identity_key])
-            memory.add_result(line)
-            if is_same_project:
-                memory.add_update(identity, line)
-            user = (line["user_id"], identity)
+            user = SentUser(line["user_id"], str(line[identity_key]))
+            memory.add_result(line)  # of any project: the fingerprint tells which
+            if has_same_users:
+                memory.add_update(user, line)
             announced.pop(user, None)
         except MALFORMED:
             if not _is_torn(run.path, text):
                 damaged += 1
     for user in announced:  # who have no line, because the run was killed
-        memory.add_announced(user, is_same_project=is_same_project)
+        memory.add_announced(user, has_same_users=has_same_users)
     if damaged:
         log.warning(
             "%s is used as memory in part: %d line(s) are damaged", run.path, damaged
         )
 
 
-def _read_announced(results: Path) -> dict[AnnouncedUser, None]:
+def _read_announced(results: Path) -> dict[SentUser, None]:
     """Return the announced users of a run, in order; none if its file is complete.
 
     A kill may have torn the last line. Nothing was sent for its user by then.
     """
-    users: dict[AnnouncedUser, None] = {}
+    users: dict[SentUser, None] = {}
     path = _announced_path(results)
     if path.exists():
         for text in _read_lines(path):
             with suppress(*MALFORMED):
                 line = json.loads(text)
-                user = (line["user_id"], line["identity"])
-                users[user] = None
+                users[SentUser(**line)] = None
     return users
 
 
 def _read_lines(path: Path) -> Iterator[str]:
     """Yield the lines about users. Raises EarlierResultsUnreadable.
 
-    They begin like no other line. One that a power failure filled with zeros does not.
+    Only they begin with {". A line that a power failure filled with zeros is left out,
+    without a warning.
     """
     with _reading(path), path.open(encoding="utf-8", errors="replace") as lines:
         for text in lines:
@@ -644,15 +661,6 @@ def _read_lines(path: Path) -> Iterator[str]:
 
 
 # The results file of this run
-
-
-# The user ID, and the identity that is sent: an address or a user ID.
-AnnouncedUser = tuple[int | str | None, str]
-
-
-def _announced_path(results: Path) -> Path:
-    """Return the path of the list of announced users, a hidden file."""
-    return results.with_name(f".{results.name}.started")
 
 
 class ResultsFile:
@@ -683,26 +691,24 @@ class ResultsFile:
             _remove_file(self._announced)
             raise
 
-    def announce(self, users: Iterable[AnnouncedUser]) -> None:
+    def announce(self, users: Iterable[SentUser]) -> None:
         """List these users before anything is sent for them.
 
-        If the run is killed before their lines are written, Iterable may have accepted
-        their updates, and the next run has to know of them.
-
         Raises:
-            ResultsNotWritable
+            ResultsNotWritable: lines may be added all the same.
         """
         try:
-            for user_id, identity in users:
-                user = {"user_id": user_id, "identity": identity}
-                line = to_json(user)
+            for user in users:
+                line = to_json(user._asdict())
                 self._announced.write(f"{line}\n")
             self._announced.flush()
         except OSError as error:
             raise _not_writable(self.path, error) from error
 
     def add(self, line: UserLine, *, sent: bool = True) -> None:
-        """Add a user's line; flush it if the user was `sent`.
+        """Add a user's line. It is flushed at once if the user was `sent`.
+
+        Otherwise it need not survive a kill: the next run finds the user as this one.
 
         Raises:
             ResultsNotWritable: this time and from now on, so the file has no gap.
@@ -715,25 +721,29 @@ class ResultsFile:
         """Complete the document and give it its name. Raises ResultsNotWritable."""
         self._write(f'\n],\n"summary": {to_json(summary)}\n}}\n')
         complete = self.path.with_suffix("")
-        try:
+        with self._writing():
             self._sync()
             self._file.close()
             self.path.rename(complete)
-        except OSError as error:
-            raise _not_writable(self.path, error) from error
         self.path = complete
         _remove_file(self._announced)
 
     def _write(self, text: str, *, flush: bool = True) -> None:
         """Add the text to the document. With `flush` it is also synced now and then."""
-        if self._failure is not None:
-            raise self._failure
-        try:
+        with self._writing():
             self._file.write(text)
             if flush:
                 self._file.flush()
                 if time.monotonic() - self._synced_at > SYNC_INTERVAL:
                     self._sync()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raise ResultsNotWritable for an OSError of the block, and from then on."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            yield
         except OSError as error:
             self._failure = _not_writable(self.path, error)
             raise self._failure from error
@@ -764,18 +774,13 @@ def _not_writable(path: Path, error: OSError) -> ResultsNotWritable:
 # The memory of --changed-only and --reset-left
 
 
-class UpdatedUser(NamedTuple):
-    """A user whose update Iterable accepted, or may have accepted."""
-
-    user_id: int | str
-    identity: str  # the address or user ID that was sent
-
-
 class _LastResult(NamedTuple):
     """What became of a user in the last run that attempted something."""
 
     fingerprint: str | None
-    reasons: list[object] | None  # problem and failed calls; None: all was delivered
+    # None if both payloads were delivered. Else the problem of the row, or None, and
+    # the calls that failed.
+    reasons: list[object] | None
 
 
 class Memory:
@@ -786,7 +791,7 @@ class Memory:
 
     def __init__(self) -> None:
         self._last: dict[str, _LastResult] = {}  # by user ID as text
-        self._updated: dict[str, object] = {}  # user IDs, by identity
+        self._updated: dict[str, SentUser] = {}  # by identity
 
     def has_delivered(self, user_id: int | str | None, fingerprint: str) -> bool:
         """Whether these payloads were delivered, and no others were sent since."""
@@ -798,16 +803,16 @@ class Memory:
         last = self._last.get(str(line["user_id"]))
         return last == _make_result(line)
 
-    def users_left(self, present: Container[str]) -> list[UpdatedUser]:
+    def users_left(self, present: Container[str]) -> list[SentUser]:
         """Return who left the segment: updated, not reset since, and not `present`.
 
         `present` are identities. Users without a user ID, and those whom Iterable has
         forgotten, are left out.
         """
         return [
-            UpdatedUser(user_id, identity)
-            for identity, user_id in self._updated.items()
-            if identity not in present and isinstance(user_id, int | str)
+            user
+            for identity, user in self._updated.items()
+            if identity not in present and isinstance(user.user_id, int | str)
         ]
 
     def add_result(self, line: UserLine) -> None:
@@ -816,29 +821,29 @@ class Memory:
         if line["status"] != Status.NOT_ATTEMPTED:
             self._last[user] = _make_result(line)
             return
-        # Other payloads may have been sent with a group, to no usable answer.
+        # The group of the user may have been sent, without a clear answer. If that was
+        # with other payloads than before, nobody knows what Iterable has.
         last = self._last.get(user)
         fingerprint = line["fingerprint"]
         if last and fingerprint not in (None, last.fingerprint):
             del self._last[user]
 
-    def add_update(self, identity: str, line: UserLine) -> None:
+    def add_update(self, user: SentUser, line: UserLine) -> None:
         """Take in whether Iterable has set or reset the field recent_page_view."""
         update = line["users_update"]
         if line["status"] in (Status.RESET, Status.FORGOTTEN):
-            self._updated.pop(identity, None)
+            self._updated.pop(user.identity, None)
         elif update is not None:
-            # Without an answer, to a group or singly, it may have been accepted.
+            # Without an answer it may have been accepted.
             has_no_answer = update["status"] is None
             if update["ok"] or has_no_answer:
-                self._updated[identity] = line["user_id"]
+                self._updated[user.identity] = user
 
-    def add_announced(self, user: AnnouncedUser, *, is_same_project: bool) -> None:
+    def add_announced(self, user: SentUser, *, has_same_users: bool) -> None:
         """Take in a user who was perhaps updated or reset when the run was killed."""
-        user_id, identity = user
-        self._last.pop(str(user_id), None)
-        if is_same_project:
-            self._updated[identity] = user_id
+        self._last.pop(str(user.user_id), None)
+        if has_same_users:
+            self._updated[user.identity] = user
 
 
 def _make_result(line: UserLine) -> _LastResult:

@@ -158,6 +158,7 @@ from logger_config import (
     Memory,
     ResultsFile,
     ResultsNotWritable,
+    SentUser,
     Status,
     UserLine,
     build_redactor,
@@ -643,7 +644,7 @@ class Delivery:
     """
 
     number: int  # from 1
-    user_id: Value
+    user_id: int | str
     email: Value  # as the row has it, unless it is sent
     event_id: str | None = None
     fingerprint: str | None = None
@@ -738,7 +739,7 @@ class DeliveryPlanner:
     memory: Memory
     options: Options
     # Which customer has an identity, or an event.
-    customers: dict[Identity | str, Value] = field(default_factory=dict)
+    customers: dict[Identity | str, int | str] = field(default_factory=dict)
 
     def plan(self, number: int, user: User) -> Delivery:
         """Return what is to be sent to a user, or why nothing can be."""
@@ -777,7 +778,9 @@ class DeliveryPlanner:
             delivery.calls = calls
         return delivery
 
-    def _check_clashes(self, identity: Identity, event_id: str, user_id: Value) -> None:
+    def _check_clashes(
+        self, identity: Identity, event_id: str, user_id: int | str
+    ) -> None:
         """Raise UnusableRow if an earlier row has the identity or the view."""
         customers = self.customers
         if identity in customers:
@@ -1325,7 +1328,7 @@ class DeliveryRun:
         announced = []
         for calls in users:
             user_id = self._unrecorded[calls.number].user_id
-            announced.append((user_id, calls.update.identity.value))
+            announced.append(SentUser(user_id, calls.update.identity.value))
         self.results.announce(announced)
 
     def _record_finished(self, sender: Sender, wait: float = 0.0) -> None:

@@ -26,15 +26,15 @@ from lab.results import (
 from logger_config import (
     Memory,
     ResultsFolder,
-    UpdatedUser,
+    SentUser,
     UserLine,
     lock_results_folder,
 )
 
 Logged = pytest.LogCaptureFixture
 
-FIRST = UpdatedUser(1, "user1@example.com")
-SECOND = UpdatedUser(2, "user2@example.com")
+FIRST = SentUser(1, "user1@example.com")
+SECOND = SentUser(2, "user2@example.com")
 
 
 class Runs:
@@ -68,7 +68,7 @@ class Runs:
         """Whether this failure is known."""
         return self.memory().knows_failure(line)
 
-    def left(self, present: Container[str] = ()) -> list[UpdatedUser]:
+    def left(self, present: Container[str] = ()) -> list[SentUser]:
         """The users who were updated and are not present."""
         return self.memory().users_left(present)
 
@@ -282,7 +282,7 @@ def test_a_user_without_an_id_cannot_have_left(runs: Runs) -> None:
 def test_an_old_address_is_a_user_of_its_own(runs: Runs) -> None:
     runs.write(make_line(1, email="old@example.com"))
     runs.write(make_line(1, email="new@example.com"))
-    old = UpdatedUser(1, "old@example.com")
+    old = SentUser(1, "old@example.com")
     assert runs.left(present={"new@example.com"}) == [old]
 
 
@@ -294,8 +294,8 @@ def test_with_user_ids_the_identity_is_the_id_as_text(runs: Runs) -> None:
     )
     memory = runs.memory(identify_by="userId")
     assert memory.users_left(present={"c"}) == [
-        UpdatedUser(1, "1"),
-        UpdatedUser("b", "b"),
+        SentUser(1, "1"),
+        SentUser("b", "b"),
     ]
 
 
@@ -328,12 +328,12 @@ def test_a_damaged_line_puts_nobody_on_record(runs: Runs) -> None:
 def test_announced_user_ids_are_matched_too(runs: Runs) -> None:
     runs.write(
         make_line(1, "total_failure"),
-        announced=[(1, "1"), ("b", "b")],
+        announced=[SentUser(1, "1"), SentUser("b", "b")],
         complete=False,
         identify_by="userId",
     )
     memory = runs.memory(identify_by="userId")
-    assert memory.users_left(()) == [UpdatedUser("b", "b")]
+    assert memory.users_left(()) == [SentUser("b", "b")]
 
 
 # Reasons of failures
@@ -419,7 +419,7 @@ def list_instants(runs: Runs) -> list[Instant]:
 
     instants = [look()]
     for group in ([1, 2], [3, 4]):
-        results.announce([(user, f"user{user}@example.com") for user in group])
+        results.announce([SentUser(user, f"user{user}@example.com") for user in group])
         instants.append(look())
         sent += group
         for user in group:

@@ -25,6 +25,7 @@ from logger_config import (
     ResultsFile,
     ResultsFolder,
     ResultsNotWritable,
+    SentUser,
     Status,
     lock_results_folder,
 )
@@ -285,7 +286,7 @@ def test_it_is_partial_until_it_is_complete(tmp_path: Path) -> None:
 
 def test_the_files_of_a_run_are_private(tmp_path: Path) -> None:
     results = create(tmp_path)
-    results.announce([(1, "user1@example.com")])
+    results.announce([SentUser(1, "user1@example.com")])
     assert file_modes(tmp_path) == {"-rw-------"}
     results.finish({})
     assert file_modes(tmp_path) == {"-rw-------"}
@@ -330,7 +331,7 @@ def test_a_number_is_one_more_than_the_highest(tmp_path: Path) -> None:
 
 
 def test_complete_results_leave_no_list_of_users(tmp_path: Path) -> None:
-    write_run(tmp_path, announced=[(1, "user1@example.com")])
+    write_run(tmp_path, announced=[SentUser(1, "user1@example.com")])
     assert sorted(os.listdir(tmp_path)) == [LOCK_NAME, FIRST_NAME]
 
 
@@ -372,7 +373,7 @@ def test_after_a_line_that_failed_none_is_written(tmp_path: Path) -> None:
 def test_after_a_failed_announcement_lines_are_written(tmp_path: Path) -> None:
     results = create(tmp_path)
     with file_size_limit(0), pytest.raises(ResultsNotWritable):
-        results.announce([(1, "user1@example.com")])
+        results.announce([SentUser(1, "user1@example.com")])
     results.add(make_line(3))
     results.finish({})
     assert results.path.name == FIRST_NAME

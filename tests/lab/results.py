@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
 
-from logger_config import CallLine, UserLine, lock_results_folder
+from logger_config import CallLine, SentUser, UserLine, lock_results_folder
 
 STARTED = datetime(2026, 1, 13, 14, 30, 45, 999_999, tzinfo=timezone.utc)
 FIRST_NAME = "integration_results_20260113_143045.json"
@@ -66,7 +66,7 @@ def make_line(
 def write_run(
     folder: Path,
     *lines: UserLine,
-    announced: Iterable[tuple[int | str | None, str]] = (),
+    announced: Iterable[SentUser] = (),
     complete: bool = True,
     **head: str,
 ) -> Path:
