@@ -117,7 +117,7 @@ class UnusableRow(Exception):
 
     def __init__(self, problem: str, cure: str) -> None:
         super().__init__(f"{problem}: {cure}")
-        self.problem = problem  # without the cure, for the line of each such user
+        self.brief = problem  # without the cure, for the line of each such user
 
 
 # The database module returns a byte that is not UTF-8 as half a surrogate pair.
@@ -555,6 +555,11 @@ class RunControl:
         """End the run, and let not even the users who have started get their events."""
         self.nothing_more.set()
         self.end(error)
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the run has been ended early."""
+        return self.no_new_users.is_set()
 
     def close(self) -> Exception | None:
         """Return the error that ended the run early, if any. No later one counts."""
@@ -1310,7 +1315,7 @@ class IterableClient:
             result = self._call(request, max_attempts=self.PROBE_ATTEMPTS)
         except TurnCancelled:
             return True
-        return result.is_usable or self.control.no_new_users.is_set()
+        return result.is_usable or self.control.is_ending
 
     def post(self, calls: Sequence[Call]) -> CallResult:
         """Make a call, or one bulk call in place of several of one endpoint.

@@ -803,7 +803,7 @@ class Memory:
         last = self._last.get(str(line["user_id"]))
         return last == _make_result(line)
 
-    def users_left(self, present: Container[str]) -> list[SentUser]:
+    def find_absent(self, present: Container[str]) -> list[SentUser]:
         """Return who left the segment: updated, not reset since, and not `present`.
 
         `present` are identities. Users without a user ID, and those whom Iterable has

@@ -79,8 +79,8 @@ def find_installation_fault() -> str | None:
             return f"{module}.py is missing in {HERE}: copy the whole folder"
     for package, (module, oldest) in PACKAGES.items():
         try:
-            # None if pip was interrupted.
-            version = metadata.version(package) or "without its version"
+            # It is None if pip was interrupted.
+            version = metadata.version(package) or "(unknown)"
             if parse_version(version) < parse_version(oldest):
                 fault = f"{package} {version} is installed"
                 return f"{fault}, {oldest} or newer is needed: {INSTALL}"
@@ -270,7 +270,7 @@ def parse_choice(*choices: str) -> Parser:
     def parse(text: str) -> str:
         for choice in choices:
             if text == choice:
-                return choice
+                return choice  # which may be the member of an enum
         names = ", ".join(choices)
         raise ValueError(f"must be one of {names}")
 
@@ -280,10 +280,10 @@ def parse_choice(*choices: str) -> Parser:
 def parse_path(text: str) -> Path:
     """Return a path; a relative one begins at the folder of main.py.
 
-    Raises ValueError for what only a shell would expand. `text` is not empty.
+    Raises ValueError for what would not be expanded. `text` is not empty.
     """
     check_text(text)
-    if text[0] in "$%'\"":
+    if text[0] in "$%'\"":  # as in $HOME, in %S of systemd, or in quotes
         raise ValueError(f"begins with {text[0]}, which would be taken as it stands")
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
@@ -365,10 +365,6 @@ NETWORK_VARIABLES: dict[str, Parser] = {
     "REQUESTS_CA_BUNDLE": parse_path,
     "CURL_CA_BUNDLE": parse_path,
 }
-# Another name in the file is taken for one of these, misspelt, if it is as similar as
-# this (ratio of difflib), contains one, or is a part of one and at least this long.
-MIN_LIKENESS = 0.72
-MIN_LENGTH = 6
 
 
 def read_env_file(path: Path, complaints: list[str]) -> dict[str, str]:
@@ -390,6 +386,7 @@ def read_env_file(path: Path, complaints: list[str]) -> dict[str, str]:
     values = {}
     for binding in parse_stream(io.StringIO(text)):
         name = binding.key or ""
+        # Bytes that are not UTF-8, or a no-break space, are not printable.
         if binding.error or not name.isprintable():
             line = binding.original.line
             complaints.append(f"line {line} of {path} cannot be read")
@@ -461,6 +458,13 @@ def find_network_variables(
     return found
 
 
+# From this ratio of difflib on, a name counts as a setting's, misspelt.
+MIN_LIKENESS = 0.72
+# A name of so many characters counts if it contains a setting's, or is a part of one.
+# Shorter ones are parts of too many.
+MIN_LENGTH = 6
+
+
 def find_misspelt_names(names: Iterable[str]) -> list[str]:
     """Return a sentence for each name that resembles a setting's and is none."""
     secret_files = [f"{name}_FILE" for name in SECRETS]
@@ -470,7 +474,7 @@ def find_misspelt_names(names: Iterable[str]) -> list[str]:
         upper = name.upper()
         if name in known or upper in NETWORK_VARIABLES:
             continue
-        # The name of a line DB_PASSWORD:abc= holds the secret: no hint may show it.
+        # In a line DB_PASSWORD:c2VjcmV0= the name holds the secret: no hint shows it.
         if not re.fullmatch("[A-Z0-9_]+", upper):
             continue
         similar = difflib.get_close_matches(upper, known, 1, MIN_LIKENESS)
@@ -515,7 +519,8 @@ def load_environment_variables(
     hints = find_misspelt_names(from_file)
     if complaints:
         text = "; ".join(complaints + hints)
-        raise SettingsError(f"Settings: {text}. Set them in {path} (see .env.example)")
+        place = f"in the environment or in {path}"
+        raise SettingsError(f"Settings: {text}. Set them {place} (see .env.example)")
     for hint in hints:
         log.info("⚠ %s", hint)  # no warning, which cron would mail every hour
     environ.update(network_variables)
@@ -645,7 +650,7 @@ class Delivery:
 
     number: int  # from 1
     user_id: int | str
-    email: Value  # as the row has it, unless it is sent
+    email: Value  # as it is sent; of a row that is not, as the row has it
     event_id: str | None = None
     fingerprint: str | None = None
     calls: UserCalls | None = None
@@ -686,11 +691,11 @@ class Delivery:
     def reasons(self) -> list[Reason]:
         """Why the user failed, one for each call that did; none for the others."""
         if self.problem is not None:
-            return [Reason(self.problem.problem, str(self.problem))]
+            return [Reason(self.problem.brief, str(self.problem))]
         if not self.status.is_failure:
             return []
         reasons = [make_reason(result) for result in self.results if not result.ok]
-        if not reasons:
+        if not reasons:  # the update was accepted, and the event, the second, not made
             not_sent = "events/track not sent: the run ended before"
             reasons.append(Reason(not_sent, not_sent))
         return reasons
@@ -738,8 +743,9 @@ class DeliveryPlanner:
     settings: Settings
     memory: Memory
     options: Options
-    # Which customer has an identity, or an event.
-    customers: dict[Identity | str, int | str] = field(default_factory=dict)
+    # The customers of the rows so far.
+    customer_by_identity: dict[Identity, int | str] = field(default_factory=dict)
+    customer_by_event: dict[str, int | str] = field(default_factory=dict)
 
     def plan(self, number: int, user: User) -> Delivery:
         """Return what is to be sent to a user, or why nothing can be."""
@@ -754,7 +760,7 @@ class DeliveryPlanner:
             else:
                 update = make_user_payload(row, identity)
                 event = make_event_payload(row, identity)
-                self._check_clashes(identity, event["id"], user_id)
+                self._claim(identity, event["id"], user_id)
         except UnusableRow as problem:
             return Delivery(number, user_id, user.email, problem=problem)
         update_json = encode_payload(update)
@@ -778,26 +784,24 @@ class DeliveryPlanner:
             delivery.calls = calls
         return delivery
 
-    def _check_clashes(
-        self, identity: Identity, event_id: str, user_id: int | str
-    ) -> None:
-        """Raise UnusableRow if an earlier row has the identity or the view."""
-        customers = self.customers
-        if identity in customers:
-            other = customers[identity]
+    def _claim(self, identity: Identity, event_id: str, user_id: int | str) -> None:
+        """Note whose the identity and the view are. Raises UnusableRow if taken."""
+        if identity in self.customer_by_identity:
+            other = self.customer_by_identity[identity]
             if str(other) == str(user_id):
                 raise UnusableRow("it has two rows", "make customers.id unique")
             raise UnusableRow(f"customer {other} has the same address", "merge the two")
-        if event_id in customers:
-            problem = f"customer {customers[event_id]} has the same page view"
+        if event_id in self.customer_by_event:
+            other = self.customer_by_event[event_id]
+            problem = f"customer {other} has the same page view"
             raise UnusableRow(problem, "make page_views.id unique")
-        customers[identity] = user_id
-        customers[event_id] = user_id
+        self.customer_by_identity[identity] = user_id
+        self.customer_by_event[event_id] = user_id
 
-    def _compute_fingerprint(self, calls: UserCalls) -> str:
-        """Return what changes with a payload, with the project and with its key."""
+    def _compute_fingerprint(self, user_calls: UserCalls) -> str:
+        """Return a hash of the payloads, the project and its key."""
         settings = self.settings
-        payloads = [call.payload for call in calls.calls]
+        payloads = [call.payload for call in user_calls.calls]
         project = [settings.iterable_api_base_url, settings.iterable_api_key]
         content = " ".join(payloads + project)
         return hashlib.sha256(content.encode()).hexdigest()
@@ -815,7 +819,7 @@ MAX_SHOWN_NAME = 320  # characters of an address, the most that one has
 
 EVERYWHERE: dict[str, str] = {}  # the `extra` of a line for console and log file
 
-# A user's line on the console. With any other status a user has none.
+# A user's line on the console and in the log. With any other status a user has none.
 LINE_WORDS = {
     Status.SUCCESS: "✓ Successfully processed user",
     Status.PARTIAL_FAILURE: "⚠ Partially processed user",
@@ -823,19 +827,20 @@ LINE_WORDS = {
     Status.FORGOTTEN: "Forgotten at the user's own request, so not sent",
     Status.RESET: "✓ Left the segment, recent_page_view reset",
 }
-# The counts of each summary of a real run. The words are those of the exercise: a total
-# failure may also be a row that cannot be sent, or a reset, which has one call.
+# The counts that the summary of a real run shows even if they are 0. "Both calls" are
+# the words of the exercise: it may also be a row that cannot be sent, or a reset, which
+# has one call.
 RUN_WORDS = {
     Status.SUCCESS: "✓ Successful (both API calls)",
     Status.PARTIAL_FAILURE: "⚠ Partial failures (one call failed)",
     Status.TOTAL_FAILURE: "✗ Total failures (both calls failed)",
 }
-# The counts of each summary of a dry run.
+# The counts that the summary of a dry run shows even if they are 0.
 DRY_RUN_WORDS = {
     Status.WOULD_SEND: "Would send",
     Status.TOTAL_FAILURE: "Cannot be sent",
 }
-# The other counts of any summary, unless they are 0.
+# The counts that both show unless they are 0.
 OTHER_WORDS = {
     Status.FORGOTTEN: "Forgotten at their own request",
     Status.RESET: "Left the segment, recent_page_view reset",
@@ -851,7 +856,8 @@ class Tally:
         self.total = total
         self.counts: Counter[Status] = Counter()
         self.events_to_send = 0  # in a dry run
-        # How many users failed for which reason; apart, failures that are known.
+        # How many users failed for which reason. Those whose failure an earlier run had
+        # already are counted separately.
         self.new_reasons: Counter[Reason] = Counter()
         self.known_reasons: Counter[Reason] = Counter()
         self._began = time.monotonic()
@@ -908,7 +914,7 @@ class Tally:
             "reset": counts[Status.RESET],
             "unchanged": counts[Status.UNCHANGED],
             "not_attempted": untried,
-            "calls": client.attempts_made,
+            "calls": client.attempts_made,  # retries included
             "retries": client.retries_made,
             "duration_seconds": seconds,
             "users_per_second": self.compute_speed(seconds),
@@ -932,7 +938,7 @@ class Tally:
 
 
 def log_call(result: CallResult, label: str, level: int) -> None:
-    """Write a call to the log file; one that failed at this level, with its answer."""
+    """Write a call to the log file: one that failed at `level`, with its answer."""
     if result.ok:
         level = logging.INFO
     log.log(level, "%s (%s)", result.headline, label, extra=FILE_ONLY)
@@ -1021,7 +1027,7 @@ class Narrator:
         self._last_progress = now
         tally = self._tally
         done = tally.counts.total()
-        speed = done / tally.seconds  # of all users, for the time that is left
+        speed = done / tally.seconds  # users left alone included, as in what is left
         left = "nobody done yet"
         if done:
             seconds_left = (tally.total - done) / speed
@@ -1051,18 +1057,17 @@ class Narrator:
             count = tally.counts[status]
             if count:
                 lines.append(f"{text}: {count}")
-        lines += list_reasons(tally.new_reasons, ending)
+        lines += describe_reasons(tally.new_reasons, ending)
         for line in lines:
             log.log(level, "%s", line)
-        # Failures are known under --quiet only, which shows no INFO.
-        for line in list_reasons(tally.known_reasons, ending):
-            log.info("%s", line)
+        for line in describe_reasons(tally.known_reasons, ending):
+            log.info("%s", line, extra=FILE_ONLY)
         log.log(level, "Results: %s", results)
         speed = tally.compute_speed(seconds)
         log.log(level, "Time: %.1f s, %.1f users a second", seconds, speed)
 
 
-def list_reasons(reasons: Counter[Reason], ending: Ending) -> list[str]:
+def describe_reasons(reasons: Counter[Reason], ending: Ending) -> list[str]:
     """Return a line for each of the most frequent reasons of failure."""
     lines = []
     for reason, count in reasons.most_common(MAX_SHOWN_REASONS):
@@ -1070,8 +1075,8 @@ def list_reasons(reasons: Counter[Reason], ending: Ending) -> list[str]:
         if count == 1:
             users = "1 user"
         text = reason.text
-        if reason.text in ending.why:
-            text = reason.brief  # the rest is shown already
+        if reason.text in ending.why:  # which quotes it, and is shown already
+            text = reason.brief
         elif reason.endpoint is not None:  # the text does not name the call
             text = f"{reason.brief}: {text}"
         lines.append(f"  {users}: {text}")
@@ -1199,7 +1204,7 @@ def find_leavers(
     """
     identify_by = settings.iterable_identify_by
     present = {find_identity(row, identify_by) for row in rows}
-    absent = memory.users_left(present)
+    absent = memory.find_absent(present)
     ids = [user.user_id for user in absent]
     query = read_query(QUERIES, "customers_by_id")
     addresses = database.find_customers(query, ids)
@@ -1268,23 +1273,25 @@ class DeliveryRun:
 
         An error ends the run. What was delivered by then is recorded all the same.
         """
-        # An error ends the run first, and then the sender waits for its workers.
-        with (
-            Sender(self.client, self._announce, bulk=self.options.bulk) as sender,
-            self._ending_at_error(),
-        ):
-            self._send_users(sender)
+        # Two lines, because older Pythons must come as far as the installation check.
+        with Sender(self.client, self._announce, bulk=self.options.bulk) as sender:  # noqa: SIM117
+            # An error ends the run before the sender waits for its workers.
+            with self._ending_at_error():
+                self._send_users(sender)
         # After an error only: users who were in flight, and users who have no delivery.
         for delivery in list(self._unrecorded.values()):
             with self._ending_at_error():
                 self._record(delivery)
-        for _ in range(len(self.users)):
+        for _ in range(len(self.users)):  # no `while`: an error may leave a user there
             with self._ending_at_error():
                 self._record(self._plan_next())
 
     @contextlib.contextmanager
     def _ending_at_error(self) -> Iterator[None]:
-        """End the run at an error, and go on behind the block: all go on record."""
+        """End the run at an error in the block, which is not raised.
+
+        So the users after it are recorded, too.
+        """
         try:
             yield
         except Exception as error:  # noqa: BLE001 - explained by explain_ending
@@ -1307,11 +1314,11 @@ class DeliveryRun:
     def _plan_next(self) -> Delivery:
         """Return the next user's delivery; it has no calls when the run is ending.
 
-        The user is used up, so the memory is free while the others are sent.
+        Only then is the user taken from the queue, so that no error loses one.
         """
         number = self.tally.total - len(self.users) + 1
         user = self.users[0]
-        if self.client.control.no_new_users.is_set():
+        if self.client.control.is_ending:
             delivery = Delivery(number, user.user_id, user.email)
         else:
             delivery = self.planner.plan(number, user)
@@ -1347,7 +1354,7 @@ class DeliveryRun:
             was_sent = bool(delivery.results)  # then the line must survive kill -9
             try:
                 self.results.add(line, sent=was_sent)
-            except ResultsNotWritable as error:
+            except ResultsNotWritable as error:  # the user counts all the same
                 self.client.control.end(error)
         del self._unrecorded[delivery.number]
         self.tally.count(delivery)
@@ -1357,7 +1364,7 @@ class DeliveryRun:
         """Complete the results file, show the summary and return the exit code."""
         tally = self.tally
         seconds = round(tally.seconds, 3)
-        error = self.client.control.close()  # no later one counts, and no signal
+        error = self.client.control.close()  # what ended the run early, if anything
         if error is not None:
             ending = explain_ending(error)
         elif tally.failures:
@@ -1369,6 +1376,7 @@ class DeliveryRun:
             self.results.finish(summary)
         except ResultsNotWritable as disk_error:
             why = str(disk_error)
+            # `finish` raises again what `add` has raised.
             if error is not None and error is not disk_error:
                 why = f"{ending.why}; {why}"
             ending = explain_ending(disk_error)._replace(why=why)
@@ -1434,7 +1442,7 @@ def run_integration(settings: Settings, options: Options, control: RunControl) -
         planner = DeliveryPlanner(settings, memory, options)
         run = DeliveryRun(users, planner, client, results, memory, options)
         run.send()
-        if options.dry_run and not control.no_new_users.is_set():
+        if options.dry_run and not control.is_ending:
             show_cost(client, run.tally, bulk=options.bulk)
         return run.finish()
 
@@ -1484,14 +1492,14 @@ class Checklist:
             for chain in (log_chain, folder_chain, database_chain, iterable_chain):
                 is_good = has_settings
                 for words, action in chain:
-                    is_good = self._check(words, action, needs=is_good)
+                    is_good = self._check(words, action, can_check=is_good)
         return self._exit_code
 
     def _check(
-        self, words: str, action: Callable[[], str | None], *, needs: bool = True
+        self, words: str, action: Callable[[], str | None], *, can_check: bool = True
     ) -> bool:
         """Check an item and log its line. Returns whether it is as it should be."""
-        if not needs:
+        if not can_check:
             log.info("- %s: not checked", words)
             return False
         try:
@@ -1539,7 +1547,7 @@ class Checklist:
     def _check_latest_view(self) -> None:
         query = read_query(QUERIES, "future_views")
         [row] = self.database.execute_query(query)
-        latest = row["latest"]
+        latest = row["latest"]  # of the views in the future, if there are any
         if latest is not None:
             cause = "event_time must be UTC, and not local time"
             raise DatabaseError(f"{latest} is in the future: {cause}")
@@ -1580,7 +1588,7 @@ class Checklist:
             )
         if missing:
             names = ", ".join(missing)
-            return f"not there before the first run: {names}"
+            return f"not there yet: {names}"
         return ""
 
 

@@ -86,8 +86,8 @@ def test_killed_runs_lose_nobody_and_repeat_nobody_on_record(
     calls_when_recorded: dict[str, int] = {}
 
     for will_be_killed in (True, True, False):
-        users_left = USERS - len(calls_when_recorded)
-        enough_calls = standin.count_calls() + chance.randrange(2 * users_left + 1)
+        find_absent = USERS - len(calls_when_recorded)
+        enough_calls = standin.count_calls() + chance.randrange(2 * find_absent + 1)
         running = start_main(
             "--changed-only",
             database=many,

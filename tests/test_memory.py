@@ -70,7 +70,7 @@ class Runs:
 
     def left(self, present: Container[str] = ()) -> list[SentUser]:
         """The users who were updated and are not present."""
-        return self.memory().users_left(present)
+        return self.memory().find_absent(present)
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_an_empty_folder_knows_nothing(runs: Runs) -> None:
     memory = runs.memory()
     assert not memory.has_delivered(1, "f")
     assert not memory.knows_failure(make_line(1, "total_failure"))
-    assert memory.users_left(()) == []
+    assert memory.find_absent(()) == []
 
 
 def test_a_dry_run_does_not_count(runs: Runs) -> None:
@@ -293,7 +293,7 @@ def test_with_user_ids_the_identity_is_the_id_as_text(runs: Runs) -> None:
         identify_by="userId",
     )
     memory = runs.memory(identify_by="userId")
-    assert memory.users_left(present={"c"}) == [
+    assert memory.find_absent(present={"c"}) == [
         SentUser(1, "1"),
         SentUser("b", "b"),
     ]
@@ -333,7 +333,7 @@ def test_announced_user_ids_are_matched_too(runs: Runs) -> None:
         identify_by="userId",
     )
     memory = runs.memory(identify_by="userId")
-    assert memory.users_left(()) == [SentUser("b", "b")]
+    assert memory.find_absent(()) == [SentUser("b", "b")]
 
 
 # Reasons of failures
@@ -553,7 +553,7 @@ def test_no_damage_makes_a_delivery(changes: list[tuple[int, int, bytes]]) -> No
     for status in CALLS.keys() - {"success"}:
         assert not memory.has_delivered(status, status)
     # A damaged ID is another ID, but nobody who was not updated counts as updated.
-    left = {user.user_id for user in memory.users_left(())}
+    left = {user.user_id for user in memory.find_absent(())}
     assert left.isdisjoint({"total_failure", "forgotten", "not_attempted"})
 
 
@@ -590,4 +590,4 @@ def test_the_memory_is_right_after_any_history(steps: list[str]) -> None:
         write_history(runs, ", ".join(steps))
         memory = runs.memory()
     assert memory.has_delivered(1, "f") == expect_delivered(steps)
-    assert bool(memory.users_left(())) == expect_updated(steps)
+    assert bool(memory.find_absent(())) == expect_updated(steps)

@@ -105,7 +105,9 @@ def list_complaints(env_file: Path = NO_FILE, /, **changes: str | None) -> list[
     with pytest.raises(SettingsError) as error:
         load(env_file, **changes)
     message = str(error.value).removeprefix("Settings: ")
-    complaints, _, rest = message.partition(f". Set them in {env_file}")
+    complaints, _, rest = message.partition(
+        f". Set them in the environment or in {env_file}"
+    )
     assert rest == " (see .env.example)"
     return complaints.split("; ")
 
@@ -642,7 +644,10 @@ def test_an_env_file_is_relative_to_main(
 
     assert ended.exit_code == 2
     assert ended.errors == ""
-    assert f"Settings: {NO_PORT}. Set them in {ROOT}/{relative} " in ended.console
+    assert (
+        f"Settings: {NO_PORT}. Set them in the environment or in {ROOT}/{relative} "
+        in ended.console
+    )
 
 
 def test_an_env_file_may_be_in_the_home_folder(
@@ -653,7 +658,10 @@ def test_an_env_file_may_be_in_the_home_folder(
     ended = run_main("--env-file=~/run.env", database=NEEDED, HOME=str(tmp_path))
 
     assert ended.exit_code == 2
-    assert f"{NO_PORT}. Set them in {tmp_path}/run.env " in ended.console
+    assert (
+        f"{NO_PORT}. Set them in the environment or in {tmp_path}/run.env "
+        in ended.console
+    )
 
 
 def test_env_example_has_every_setting() -> None:
