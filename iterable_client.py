@@ -315,7 +315,10 @@ class CallResult:
 
     @property
     def is_usable(self) -> bool:
-        """Whether Iterable gave a final answer about the user. A code is enough."""
+        """Whether Iterable gave a final answer about the user.
+
+        Its own answers have a code, those of firewalls have none.
+        """
         has_answer = self.code is not None and not self.is_retryable
         return self.ok or (has_answer and not self.is_provisional)
 
@@ -409,9 +412,9 @@ def interpret_fields(status: int, text: str) -> CallResult:
 def _find_named_users(answer: dict[str, Any], identify_by: IdentifyBy) -> set[str]:
     """Return the users whom the lists of a bulk answer name.
 
-    The lists "conflict..." are left out: they do not name the user who was refused, but
-    the other one, who may be in this group and accepted. So after a conflict the counts
-    disagree, and the whole group is sent singly.
+    The lists "conflict..." are left out, because they name the other user of a
+    conflict, who may be in this group and accepted. Without them `failCount` disagrees,
+    and the whole group is sent singly.
     """
     named: set[str] = set()
     failed_updates = _as_object(answer.get("failedUpdates"))
@@ -533,8 +536,8 @@ class RunControl:
     """
 
     def __init__(self) -> None:
-        #: No user may start, and no call of any kind is tried again. A user who has
-        #: started still gets the event, even if the update fails.
+        #: The run is ending: no user may start, and no call of any kind is tried again.
+        #: A user whose update was made still gets the event, even if it failed.
         self.no_new_users = threading.Event()
         #: No call at all may start.
         self.nothing_more = threading.Event()
@@ -664,7 +667,8 @@ class RateLimiter:
                 wait = self._take_turn()
                 if wait <= 0:
                     return
-                # The end of the run, which cuts a pause, comes before `cancelled`.
+                # Wait until the run ends, which cuts a pause; after that, until this
+                # call is cancelled.
                 is_ending = self._no_new_users.is_set()
                 stop = cancelled if is_ending else self._no_new_users
                 stop.wait(wait)
@@ -839,9 +843,10 @@ class _AnswerBuffer(io.BufferedReader):
 
     def close(self) -> None:
         if not self.closed:
-            self._reader.is_stopped = True  # so that `peek` sees what was read by now
+            # Else `peek` would wait for more, where nothing has come.
+            self._reader.is_stopped = True
             if self.peek():
-                self._sock.close()  # which `has_lapsed` notices
+                self._sock.close()  # which `has_lapsed` finds
         super().close()
 
 
@@ -965,6 +970,7 @@ class Transport:
     def exchange(self, endpoint: Endpoint, body: bytes) -> HttpAnswer:
         """Send one request and return its answer."""
         connection = self._of_thread.connection
+        # Only now, because a look before the turn as well would cost each call time.
         if connection is None or connection.has_lapsed():
             connection = self._open_connection()
         sent_at = monotonic()
@@ -1271,8 +1277,8 @@ class IterableClient:
             "User-Agent": "iterable-integration/3",
         }
         self._transport = Transport(base_url, headers, timeout=timeout)
-        self.attempts_made = 0  # requests that were sent
-        self.retries_made = 0  # those of them that repeated one
+        self.attempts_made = 0  # of all calls
+        self.retries_made = 0  # attempts after the first of a call
         self._lock = threading.Lock()
         self._has_warned_of_dropped_fields = False
 
@@ -1458,8 +1464,8 @@ class Sender(AbstractContextManager["Sender"]):
     that they are known if the process is killed. The end of the `with` block waits for
     the calls in flight. One thread, the caller's, uses it; the workers only make calls.
 
-    After an error some users are not given back. Once the block has ended, their calls
-    have the results that there are.
+    After an error some users are not given back. Once the block has ended, no worker
+    changes them any more, and the caller may look at their results.
     """
 
     def __init__(
@@ -1566,9 +1572,9 @@ class Sender(AbstractContextManager["Sender"]):
     def _find_due_call(self, user: UserCalls) -> Call | None:
         """Return the call that a user needs next; None if the user is finished.
 
-        A call without a result is due: it was not made, or Iterable refused it in the
-        group. So is one with a provisional result. When the run is ending and it may
-        not start, a provisional result stays and the next call is due.
+        A call is due that has no result, because it was not made or was refused in a
+        group, or a provisional one. If it may not start any more, a provisional result
+        stays, and the next call is due; without a result the user is finished.
         """
         for call in user.calls:
             may_start = not self._client.control.get_stop(call.endpoint).is_set()
@@ -1592,7 +1598,7 @@ class Sender(AbstractContextManager["Sender"]):
         """Make the calls to an endpoint that are due, together if there are several.
 
         If the run ended before, they get no result. Users whom a clear answer to their
-        group names as failed get none, either.
+        group names as failed get none, either: `_take_back` sends them on singly.
         """
         calls = []
         for user in group:
@@ -1608,9 +1614,10 @@ class Sender(AbstractContextManager["Sender"]):
         if result.is_provisional:
             text = "%s: %s; its %d users are sent singly, unless the run is ending"
             log.info(text, result.headline, result.reason, len(calls), extra=FILE_ONLY)
-        is_about_all = len(calls) == 1 or not result.ok
+        is_single = len(calls) == 1
         for call in calls:
-            if is_about_all or call.identity.value in result.confirmed:
+            is_confirmed = call.identity.value in result.confirmed
+            if is_single or is_confirmed or result.is_provisional:
                 call.result = result
 
     def _note(self, user: UserCalls) -> None:

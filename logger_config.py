@@ -280,7 +280,7 @@ class _LogFile(logging.handlers.RotatingFileHandler):
         try:
             super().doRollover()
         except OSError as error:
-            self.maxBytes = 0
+            self.maxBytes = 0  # first, because the next line goes to this file, too
             # A log that was too large at the start had its warning in an earlier run.
             level = logging.INFO if self._was_too_large else logging.WARNING
             log.log(
@@ -617,6 +617,7 @@ def _read_run(run: EarlierRun, memory: Memory, *, has_same_users: bool) -> None:
             # What follows the object is ignored: a comma, or what a power failure left
             # of another line.
             line, _ = _decode(text)
+            # Of a row that cannot be sent the identity is not one, and is not used.
             user = SentUser(line["user_id"], str(line[identity_key]))
             memory.add_result(line)  # of any project: the fingerprint tells which
             if has_same_users:
@@ -708,7 +709,7 @@ class ResultsFile:
     def add(self, line: UserLine, *, sent: bool = True) -> None:
         """Add a user's line. It is flushed at once if the user was `sent`.
 
-        Otherwise it need not survive a kill: the next run finds the user as this one.
+        Otherwise it need not survive a kill: the next run will find the user again.
 
         Raises:
             ResultsNotWritable: this time and from now on, so the file has no gap.
@@ -778,9 +779,8 @@ class _LastResult(NamedTuple):
     """What became of a user in the last run that attempted something."""
 
     fingerprint: str | None
-    # None if both payloads were delivered. Else the problem of the row, or None, and
-    # the calls that failed.
-    reasons: list[object] | None
+    is_delivered: bool
+    failed_calls: list[object]
 
 
 class Memory:
@@ -791,17 +791,21 @@ class Memory:
 
     def __init__(self) -> None:
         self._last: dict[str, _LastResult] = {}  # by user ID as text
+        self._problems: dict[str, str] = {}  # of rows that cannot be sent, likewise
         self._updated: dict[str, SentUser] = {}  # by identity
 
     def has_delivered(self, user_id: int | str | None, fingerprint: str) -> bool:
         """Whether these payloads were delivered, and no others were sent since."""
         last = self._last.get(str(user_id))
-        return last == _LastResult(fingerprint, None)
+        return last == _LastResult(fingerprint, is_delivered=True, failed_calls=[])
 
     def knows_failure(self, line: UserLine) -> bool:
         """Whether the user's last failure had the same payloads and reasons."""
-        last = self._last.get(str(line["user_id"]))
-        return last == _make_result(line)
+        user = str(line["user_id"])
+        problem = line.get("problem")
+        if problem is not None:
+            return self._problems.get(user) == problem
+        return self._last.get(user) == _make_result(line)
 
     def find_absent(self, present: Container[str]) -> list[SentUser]:
         """Return who left the segment: updated, not reset since, and not `present`.
@@ -818,11 +822,17 @@ class Memory:
     def add_result(self, line: UserLine) -> None:
         """Take in what became of a user."""
         user = str(line["user_id"])
+        problem = line.get("problem")
+        if problem is not None:  # nothing was sent, so what was delivered still is
+            self._problems[user] = problem
+            return
+        self._problems.pop(user, None)
         if line["status"] != Status.NOT_ATTEMPTED:
             self._last[user] = _make_result(line)
             return
-        # The group of the user may have been sent, without a clear answer. If that was
-        # with other payloads than before, nobody knows what Iterable has.
+        # A user of a group that was refused, or whose answer named the user, counts as
+        # not attempted when the run ended then. Nobody knows what Iterable has, if
+        # other payloads than the last were in it.
         last = self._last.get(user)
         fingerprint = line["fingerprint"]
         if last and fingerprint not in (None, last.fingerprint):
@@ -847,13 +857,9 @@ class Memory:
 
 
 def _make_result(line: UserLine) -> _LastResult:
-    fingerprint = line["fingerprint"]
-    if line["status"] == Status.SUCCESS:
-        return _LastResult(fingerprint, None)
-    reasons: list[object] = [line.get("problem")]
-    calls = (line["users_update"], line["events_track"])
-    for call in calls:
+    failed_calls: list[object] = []
+    for call in (line["users_update"], line["events_track"]):
         if call is not None and not call["ok"]:
-            reason = {**call, "attempts": None}  # their number is no reason
-            reasons.append(reason)
-    return _LastResult(fingerprint, reasons)
+            failed_calls.append({**call, "attempts": None})  # their number may differ
+    is_delivered = line["status"] == Status.SUCCESS
+    return _LastResult(line["fingerprint"], is_delivered, failed_calls)

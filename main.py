@@ -270,7 +270,7 @@ def parse_choice(*choices: str) -> Parser:
     def parse(text: str) -> str:
         for choice in choices:
             if text == choice:
-                return choice  # which may be the member of an enum
+                return choice
         names = ", ".join(choices)
         raise ValueError(f"must be one of {names}")
 
@@ -344,6 +344,7 @@ class Settings:
     db_ssl_ca: str = setting(parse_ca_file, "")
     iterable_api_key: str = setting(parse_api_key, is_secret=True)
     iterable_api_base_url: str = setting(parse_base_url, "https://api.iterable.com")
+    # The parser returns the member that is equal to the text.
     iterable_identify_by: IdentifyBy = setting(parse_choice(*IdentifyBy), "email")
     iterable_rate_limit: int = setting(parse_whole_number(1, 100_000), "450")
     iterable_max_attempts: int = setting(parse_whole_number(1, 100), "5")
@@ -522,7 +523,8 @@ def load_environment_variables(
         place = f"in the environment or in {path}"
         raise SettingsError(f"Settings: {text}. Set them {place} (see .env.example)")
     for hint in hints:
-        log.info("⚠ %s", hint)  # no warning, which cron would mail every hour
+        # No warning, which cron would mail. The log file is not open yet.
+        log.info("⚠ %s", hint)
     environ.update(network_variables)
     return Settings(**parsed)
 
@@ -695,7 +697,7 @@ class Delivery:
         if not self.status.is_failure:
             return []
         reasons = [make_reason(result) for result in self.results if not result.ok]
-        if not reasons:  # the update was accepted, and the event, the second, not made
+        if not reasons:  # the update was accepted, and the event never sent
             not_sent = "events/track not sent: the run ended before"
             reasons.append(Reason(not_sent, not_sent))
         return reasons
@@ -1027,7 +1029,8 @@ class Narrator:
         self._last_progress = now
         tally = self._tally
         done = tally.counts.total()
-        speed = done / tally.seconds  # users left alone included, as in what is left
+        # Skipped users count, because there may be such among those to come.
+        speed = done / tally.seconds
         left = "nobody done yet"
         if done:
             seconds_left = (tally.total - done) / speed
@@ -1075,7 +1078,7 @@ def describe_reasons(reasons: Counter[Reason], ending: Ending) -> list[str]:
         if count == 1:
             users = "1 user"
         text = reason.text
-        if reason.text in ending.why:  # which quotes it, and is shown already
+        if reason.text in ending.why:  # it is shown already
             text = reason.brief
         elif reason.endpoint is not None:  # the text does not name the call
             text = f"{reason.brief}: {text}"
@@ -1273,7 +1276,8 @@ class DeliveryRun:
 
         An error ends the run. What was delivered by then is recorded all the same.
         """
-        # Two lines, because older Pythons must come as far as the installation check.
+        # Not in one `with`, which Python 3.8 could not compile: it must come as far as
+        # the installation check.
         with Sender(self.client, self._announce, bulk=self.options.bulk) as sender:  # noqa: SIM117
             # An error ends the run before the sender waits for its workers.
             with self._ending_at_error():
@@ -1282,7 +1286,8 @@ class DeliveryRun:
         for delivery in list(self._unrecorded.values()):
             with self._ending_at_error():
                 self._record(delivery)
-        for _ in range(len(self.users)):  # no `while`: an error may leave a user there
+        # Not `while self.users`: if planning one raises, the user stays there.
+        for _ in range(len(self.users)):
             with self._ending_at_error():
                 self._record(self._plan_next())
 
@@ -1314,7 +1319,8 @@ class DeliveryRun:
     def _plan_next(self) -> Delivery:
         """Return the next user's delivery; it has no calls when the run is ending.
 
-        Only then is the user taken from the queue, so that no error loses one.
+        The user leaves the queue when the delivery is in `_unrecorded`, so that no
+        error loses one.
         """
         number = self.tally.total - len(self.users) + 1
         user = self.users[0]
