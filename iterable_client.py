@@ -21,7 +21,7 @@ import re
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -65,15 +65,15 @@ class Endpoint:
     limit: int  # calls a second that Iterable allows a project
     method: str = "POST"
     items_key: str = ""  # of the list in the body of a bulk call
-    starts_user: bool = False  # a user's first call: the end of a run lets none start
+    finishes_user: bool = False  # a user's last call: made even when the run is ending
 
 
-USERS_UPDATE = Endpoint("users/update", limit=500, starts_user=True)
-EVENTS_TRACK = Endpoint("events/track", limit=2000)
-USERS_BULK_UPDATE = Endpoint(
-    "users/bulkUpdate", limit=5, items_key="users", starts_user=True
+USERS_UPDATE = Endpoint("users/update", limit=500)
+EVENTS_TRACK = Endpoint("events/track", limit=2000, finishes_user=True)
+USERS_BULK_UPDATE = Endpoint("users/bulkUpdate", limit=5, items_key="users")
+EVENTS_TRACK_BULK = Endpoint(
+    "events/trackBulk", limit=10, items_key="events", finishes_user=True
 )
-EVENTS_TRACK_BULK = Endpoint("events/trackBulk", limit=10, items_key="events")
 USERS_GET_FIELDS = Endpoint("users/getFields", limit=3, method="GET")
 
 ENDPOINTS = (
@@ -572,7 +572,7 @@ class RunControl:
 
     def get_stop(self, endpoint: Endpoint) -> threading.Event:
         """Return which of `no_new_users` and `nothing_more` forbids a call when set."""
-        return self.no_new_users if endpoint.starts_user else self.nothing_more
+        return self.nothing_more if endpoint.finishes_user else self.no_new_users
 
 
 class KeyRefused(Exception):
@@ -676,8 +676,8 @@ class RateLimiter:
     def slow_down(self, sent_at: float, retry_after: float | None) -> None:
         """Pause after a 429 to a call that was sent at `sent_at` (monotonic seconds).
 
-        One that was sent before the last pause changes nothing, unless it asks for a
-        longer one. The rate falls once a second at most.
+        One that was sent before the end of the last pause changes nothing, unless it
+        asks for a longer one. The rate falls once a second at most.
         """
         with self._lock:
             now = monotonic()
@@ -968,7 +968,7 @@ class Transport:
             self._open_connection()
 
     def exchange(self, endpoint: Endpoint, body: bytes) -> HttpAnswer:
-        """Send one request and return its answer."""
+        """Send one request, after `prepare`, and return its answer."""
         connection = self._of_thread.connection
         # Only now, because a look before the turn as well would cost each call time.
         if connection is None or connection.has_lapsed():
@@ -1188,18 +1188,10 @@ class Call:
 
 @dataclass(slots=True)
 class UserCalls:
-    """The calls that one user needs."""
+    """The calls that one user needs, in the order in which they are made."""
 
     number: int  # the caller's, to know the user again
-    update: Call
-    event: Call | None  # None for a user who left the segment, or is forgotten
-
-    @property
-    def calls(self) -> list[Call]:
-        """Both calls in their order, or the one that is needed."""
-        if self.event is None:
-            return [self.update]
-        return [self.update, self.event]
+    calls: list[Call]  # users/update, then events/track unless the user left
 
     @property
     def results(self) -> list[CallResult]:
@@ -1446,14 +1438,26 @@ UNUSABLE_IN_A_ROW = 20  # users without a usable answer: Iterable may be down
 THREAD_ROOM = 200_000_000
 
 
+class NoRoomForThread(Exception):
+    """The machine has no memory, or no thread, for another worker."""
+
+
+@contextlib.contextmanager
+def explaining_no_thread() -> Iterator[None]:
+    """Raise NoRoomForThread if the block cannot start a thread."""
+    try:
+        yield
+    except (OSError, RuntimeError, MemoryError) as error:
+        raise NoRoomForThread(
+            f"no memory or thread for another worker ({error}): lower MAX_WORKERS,"
+            " or raise ulimit -v or -u"
+        ) from error
+
+
 def require_thread_room() -> None:
     """Raise OSError if there is not enough virtual memory for another thread."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     mmap.mmap(-1, THREAD_ROOM, flags, mmap.PROT_READ).close()
-
-
-class NoRoomForThread(Exception):
-    """The machine has no memory, or no thread, for another worker."""
 
 
 class Sender(AbstractContextManager["Sender"]):
@@ -1486,26 +1490,28 @@ class Sender(AbstractContextManager["Sender"]):
         # No SimpleQueue: in Python 3.10 its time-out may never end.
         self._done: queue.Queue[Future[list[UserCalls]]] = queue.Queue()
         self._workers = ThreadPoolExecutor(client.workers)
-        self._threads_left = client.workers  # that the pool may still have to start
+        self._threads_left = client.workers  # that the pool may have to start, at most
         self._unusable_in_a_row = 0  # users without a usable answer
         self._good_call: Call | None = None  # the last update that Iterable accepted
+        self._question: Future[bool] | None = None  # whether Iterable is available
+        # A thread of its own, because the workers may be busy with calls that fail.
+        self._asker = ThreadPoolExecutor(1)
 
     def __exit__(self, *_: object) -> None:
         """Wait for the calls in flight."""
         self._workers.shutdown()
+        self._asker.shutdown()
 
     @property
     def is_full(self) -> bool:
         """Whether no further user should be submitted now."""
-        return self._in_flight >= self._max_in_flight
+        is_asking = self._question is not None
+        return is_asking or self._in_flight >= self._max_in_flight
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing left to collect, and no outage suspected.
-
-        The users of an open group are not in flight.
-        """
-        return self._in_flight == 0 and not self._suspects_outage
+        """Whether there is nothing to collect. An open group is not in flight."""
+        return self._question is None and self._in_flight == 0
 
     def submit(self, user: UserCalls) -> None:
         """Add a user to the open group, and flush that when it is full."""
@@ -1529,11 +1535,9 @@ class Sender(AbstractContextManager["Sender"]):
     def collect(self, seconds: float = 0.0) -> list[UserCalls]:
         """Return the users who are finished, after up to `seconds` for the first.
 
-        Before, it may ask whether Iterable is down, and end the run. Raises
-        NoRoomForThread, and what a worker raised that nobody foresaw.
+        Raises NoRoomForThread, and what a worker raised that nobody foresaw.
         """
-        if self._suspects_outage:
-            self._look_for_outage()
+        self._end_at_outage()
         finished: list[UserCalls] = []
         wait = seconds
         while True:
@@ -1545,16 +1549,11 @@ class Sender(AbstractContextManager["Sender"]):
             finished += self._take_back(future.result())
 
     def _start(self, group: list[UserCalls]) -> None:
-        try:
+        with explaining_no_thread():
             if self._threads_left > 0:
-                require_thread_room()
                 self._threads_left -= 1
+                require_thread_room()
             future = self._workers.submit(self._send, group)
-        except (OSError, RuntimeError, MemoryError) as error:
-            raise NoRoomForThread(
-                f"no memory or thread for another worker ({error}): lower MAX_WORKERS,"
-                " or raise ulimit -v or -u"
-            ) from error
         future.add_done_callback(self._done.put)
 
     def _take_back(self, group: list[UserCalls]) -> list[UserCalls]:
@@ -1578,19 +1577,18 @@ class Sender(AbstractContextManager["Sender"]):
         """
         for call in user.calls:
             may_start = not self._client.control.get_stop(call.endpoint).is_set()
-            if call.result is None:
+            result = call.result
+            if result is None:
                 return call if may_start else None
-            if call.result.is_provisional and may_start:
+            if result.is_provisional and may_start:
                 return call
+            if result.is_forgotten:  # the other call would be refused, too
+                return None
         return None
 
     def _send(self, group: list[UserCalls]) -> list[UserCalls]:
         """Make the calls of a group that are due. Runs in a worker."""
         self._make_calls(group, USERS_UPDATE)
-        for user in group:
-            updated = user.update.result
-            if updated is not None and updated.is_forgotten:
-                user.event = None  # Iterable would refuse it, too
         self._make_calls(group, EVENTS_TRACK)
         return group
 
@@ -1622,26 +1620,36 @@ class Sender(AbstractContextManager["Sender"]):
 
     def _note(self, user: UserCalls) -> None:
         """Count users in a row without a usable answer, in the order they finish."""
-        update = user.update.result
-        if update is not None and update.ok:
-            self._good_call = user.update
+        update = user.calls[0]
+        if update.result is not None and update.result.ok:
+            self._good_call = update
         if any(result.is_usable for result in user.results):
             self._unusable_in_a_row = 0
         elif user.results:
             self._unusable_in_a_row += 1
+        if self._unusable_in_a_row >= UNUSABLE_IN_A_ROW and self._question is None:
+            self._ask_for_outage()
 
-    @property
-    def _suspects_outage(self) -> bool:
-        return self._unusable_in_a_row >= UNUSABLE_IN_A_ROW
+    def _ask_for_outage(self) -> None:
+        """Ask whether Iterable answers a call that is known to be good.
 
-    def _look_for_outage(self) -> None:
-        """End the run if Iterable does not answer a call that is known to be good.
-
-        If it does, it is up, and the errors are about these users. The caller hands
-        over nobody meanwhile.
+        If it does, it is up, and the errors are about these users. No further user is
+        submitted until the answer has come.
         """
+        if not self._client.control.is_ending:
+            with explaining_no_thread():
+                require_thread_room()
+                ask = self._client.is_available
+                self._question = self._asker.submit(ask, self._good_call)
+
+    def _end_at_outage(self) -> None:
+        """End the run if the answer has come, and is no."""
+        if self._question is None or not self._question.done():
+            return
+        is_available = self._question.result()
+        self._question = None
         self._unusable_in_a_row = 0
-        if not self._client.is_available(self._good_call):
+        if not is_available:
             self._client.control.abort(
                 IterableUnavailable(
                     f"{UNUSABLE_IN_A_ROW} users in a row got no usable answer, and"

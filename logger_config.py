@@ -830,9 +830,8 @@ class Memory:
         if line["status"] != Status.NOT_ATTEMPTED:
             self._last[user] = _make_result(line)
             return
-        # A user of a group that was refused, or whose answer named the user, counts as
-        # not attempted when the run ended then. Nobody knows what Iterable has, if
-        # other payloads than the last were in it.
+        # After an unforeseen error, calls may have been made all the same. If they had
+        # other payloads than the last ones, nobody knows what Iterable has.
         last = self._last.get(user)
         fingerprint = line["fingerprint"]
         if last and fingerprint not in (None, last.fingerprint):
@@ -844,9 +843,12 @@ class Memory:
         if line["status"] in (Status.RESET, Status.FORGOTTEN):
             self._updated.pop(user.identity, None)
         elif update is not None:
-            # Without an answer it may have been accepted.
-            has_no_answer = update["status"] is None
-            if update["ok"] or has_no_answer:
+            # Without an answer, or with an unclear one to a group, it may have been
+            # accepted.
+            status = update["status"]
+            is_bulk = update["endpoint"] == "users/bulkUpdate"
+            is_unclear = status is None or (is_bulk and status < 300)
+            if update["ok"] or is_unclear:
                 self._updated[user.identity] = user
 
     def add_announced(self, user: SentUser, *, has_same_users: bool) -> None:

@@ -137,6 +137,7 @@ from iterable_client import (
     UnusableRow,
     UserCalls,
     encode_payload,
+    explaining_no_thread,
     identify,
     make_event_payload,
     make_reset_payload,
@@ -627,11 +628,10 @@ def make_reason(result: CallResult) -> Reason:
     return Reason(brief, result.reason, result.endpoint, result.status, result.code)
 
 
-def make_call_line(call: Call | None) -> CallLine | None:
+def make_call_line(result: CallResult | None) -> CallLine | None:
     """Return a call's part of a user's line; None if the call was not made."""
-    if call is None or call.result is None:
+    if result is None:
         return None
-    result = call.result
     return {
         "endpoint": result.endpoint,
         "ok": result.ok,
@@ -715,8 +715,9 @@ class Delivery:
             "fingerprint": self.fingerprint,
         }
         if self.calls is not None:
-            line["users_update"] = make_call_line(self.calls.update)
-            line["events_track"] = make_call_line(self.calls.event)
+            results = {call.endpoint: call.result for call in self.calls.calls}
+            line["users_update"] = make_call_line(results.get(USERS_UPDATE))
+            line["events_track"] = make_call_line(results.get(EVENTS_TRACK))
         if self.problem is not None:
             line["problem"] = str(self.problem)
         if self.payloads is not None:
@@ -765,14 +766,12 @@ class DeliveryPlanner:
                 self._claim(identity, event["id"], user_id)
         except UnusableRow as problem:
             return Delivery(number, user_id, user.email, problem=problem)
-        update_json = encode_payload(update)
-        update_call = Call(USERS_UPDATE, identity, update_json)
-        calls = UserCalls(number, update_call, None)
+        calls = [Call(USERS_UPDATE, identity, encode_payload(update))]
+        if event is not None:
+            calls.append(Call(EVENTS_TRACK, identity, encode_payload(event)))
         email = normalize_email(user.email) or None
         delivery = Delivery(number, user_id, email)
         if event is not None:
-            event_json = encode_payload(event)
-            calls.event = Call(EVENTS_TRACK, identity, event_json)
             delivery.event_id = event["id"]
         fingerprint = self._compute_fingerprint(calls)
         delivery.fingerprint = fingerprint
@@ -783,7 +782,7 @@ class DeliveryPlanner:
             delivery.skipped_as = Status.WOULD_SEND
             delivery.payloads = {"users_update": update, "events_track": event}
         else:
-            delivery.calls = calls
+            delivery.calls = UserCalls(number, calls)
         return delivery
 
     def _claim(self, identity: Identity, event_id: str, user_id: int | str) -> None:
@@ -800,10 +799,10 @@ class DeliveryPlanner:
         self.customer_by_identity[identity] = user_id
         self.customer_by_event[event_id] = user_id
 
-    def _compute_fingerprint(self, user_calls: UserCalls) -> str:
+    def _compute_fingerprint(self, calls: list[Call]) -> str:
         """Return a hash of the payloads, the project and its key."""
         settings = self.settings
-        payloads = [call.payload for call in user_calls.calls]
+        payloads = [call.payload for call in calls]
         project = [settings.iterable_api_base_url, settings.iterable_api_key]
         content = " ".join(payloads + project)
         return hashlib.sha256(content.encode()).hexdigest()
@@ -1148,12 +1147,9 @@ def listen_for_signals(control: RunControl) -> None:
         os._exit(128 + received)  # without a word: console or log may block
 
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # all later threads inherit it
-    try:
+    with explaining_no_thread():
         require_thread_room()  # with less, a thread may start and then hang
         threading.Thread(target=listen, daemon=True).start()
-    except (OSError, RuntimeError) as error:
-        text = f"no memory for a thread ({error}): raise ulimit -v or -u"
-        raise NoRoomForThread(text) from error
 
 
 # The database and Iterable
@@ -1254,8 +1250,8 @@ def read_database(settings: Settings, options: Options, memory: Memory) -> deque
 class DeliveryRun:
     """Sends the users of a run, and records each of them once.
 
-    It belongs to the main thread, which alone writes results and console, and counts.
-    The sender's workers only make calls.
+    It belongs to the main thread, which alone writes results, counts and reports. The
+    sender's workers only make calls, and log.
     """
 
     users: deque[User]  # those without a delivery
@@ -1339,9 +1335,9 @@ class DeliveryRun:
         writes. After kill -9 the next run knows by it who may have been updated.
         """
         announced = []
-        for calls in users:
-            user_id = self._unrecorded[calls.number].user_id
-            announced.append(SentUser(user_id, calls.update.identity.value))
+        for user in users:
+            user_id = self._unrecorded[user.number].user_id
+            announced.append(SentUser(user_id, user.calls[0].identity.value))
         self.results.announce(announced)
 
     def _record_finished(self, sender: Sender, wait: float = 0.0) -> None:

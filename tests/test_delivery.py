@@ -165,19 +165,18 @@ def make_delivery(
     update: Outcome = UPDATED, event: Outcome = TRACKED, *, number: int = 1
 ) -> Delivery:
     """Return a delivery whose calls ended like this; None: they were not made."""
-    event_call = None
+    calls = [set_outcome(make_update(number), update)]
     event_id = None
     if event != NO_EVENT:
-        event_call = set_outcome(make_event(number), event)
+        calls.append(set_outcome(make_event(number), event))
         event_id = f"page-view-{number}"
-    update_call = set_outcome(make_update(number), update)
     return Delivery(
         number=number,
         user_id=number,
         email=f"user{number}@example.com",
         event_id=event_id,
         fingerprint="f" * 64,
-        calls=UserCalls(number, update_call, event_call),
+        calls=UserCalls(number, calls),
     )
 
 
@@ -358,13 +357,9 @@ def start_plan(*arguments: str, memory: Memory | None = None, **changes: str) ->
 
 
 def read_payloads(delivery: Delivery) -> list[Any]:
-    """Return the payloads of both calls, None for no event."""
+    """Return the payloads of the calls."""
     assert delivery.calls is not None
-    event = delivery.calls.event
-    return [
-        json.loads(delivery.calls.update.payload),
-        None if event is None else json.loads(event.payload),
-    ]
+    return [json.loads(call.payload) for call in delivery.calls.calls]
 
 
 def test_a_row_has_two_calls() -> None:
@@ -409,7 +404,7 @@ def test_a_user_who_left_has_one_call(
 
     delivery = plan.plan(user=Leaver(7, " A@x"))
 
-    assert read_payloads(delivery) == [payload, None]
+    assert read_payloads(delivery) == [payload]
     assert delivery.email == "a@x"
     assert delivery.event_id is None
     assert delivery.fingerprint is not None
@@ -478,9 +473,9 @@ def test_a_row_that_cannot_be_sent_takes_no_address() -> None:
 def deliver(plan: Plan, delivery: Delivery) -> None:
     """Let the memory know of a success."""
     assert delivery.calls is not None
-    assert delivery.calls.event is not None
-    delivery.calls.update.result = UPDATED
-    delivery.calls.event.result = TRACKED
+    update, event = delivery.calls.calls
+    update.result = UPDATED
+    event.result = TRACKED
     plan.memory.add_result(delivery.make_line())
 
 

@@ -309,7 +309,9 @@ def test_without_a_thread_for_signals_nothing_is_sent(
 
     assert ended.exit_code == 1
     assert ended.errors == ""
-    assert re.fullmatch(r"no memory for a thread \(.*\): raise .*\n", ended.console)
+    assert re.fullmatch(
+        r"no memory or thread for another worker \(.*\): lower .*\n", ended.console
+    )
     assert standin.count_calls() == 0
 
 

@@ -45,18 +45,19 @@ def make_delivery(
     """Return the delivery of a user; None: without an event."""
     update_call = make_update(number)
     update_call.result = update
-    event_call = None
+    calls = [update_call]
     event_id = None
     if event is not None:
         event_call = make_event(number)
         event_call.result = event
+        calls.append(event_call)
         event_id = f"page-view-{number}"
     return Delivery(
         number=number,
         user_id=number,
         email=f"user{number}@example.com",
         event_id=event_id,
-        calls=UserCalls(number, update_call, event_call),
+        calls=UserCalls(number, calls),
     )
 
 

@@ -105,17 +105,15 @@ def send_in_bulk(client: IterableClient, count: int) -> list[UserCalls]:
 def list_statuses(users: Iterable[UserCalls]) -> list[str]:
     """Return how update and event of each user ended, in the order of their numbers."""
     in_order = sorted(users, key=get_number)
-    return [f"{describe(user.update)} {describe(user.event)}" for user in in_order]
+    return [" ".join(map(describe, user.calls)) for user in in_order]
 
 
 def get_number(user: UserCalls) -> int:
     return user.number
 
 
-def describe(call: Call | None) -> str:
+def describe(call: Call) -> str:
     """Return the status of a call, or why it has none."""
-    if call is None:
-        return "-"
     if call.result is None:
         return "none"
     return str(call.result.status or "lost")
@@ -146,7 +144,7 @@ def test_a_user_without_an_event_gets_the_update_alone() -> None:
     client, transport = script_client()
     finished = send_all(client, make_users(1, has_event=False))
 
-    assert list_statuses(finished) == ["200 -"]
+    assert list_statuses(finished) == ["200"]
     assert transport.calls == ["users/update user1@example.com"]
 
 
@@ -166,7 +164,7 @@ def test_a_forgotten_user_gets_no_event() -> None:
     client, transport = script_client(FORGOTTEN)
     finished = send_singly(client, 1)
 
-    assert list_statuses(finished) == ["409 -"]
+    assert list_statuses(finished) == ["409 none"]
     assert transport.calls == ["users/update user1@example.com"]
 
 
@@ -330,7 +328,7 @@ SIZES = st.integers(100, 400_000) | st.just(333_332)
 @given(sizes=st.lists(SIZES, max_size=20), max_users=st.integers(1, 5))
 def test_a_group_has_room_for_users_and_bytes(sizes: list[int], max_users: int) -> None:
     users = [
-        UserCalls(number, make_update(number, size=size), make_event(number))
+        UserCalls(number, [make_update(number, size=size), make_event(number)])
         for number, size in enumerate(sizes, 1)
     ]
     groups: list[list[UserCalls]] = []
@@ -355,7 +353,7 @@ def test_a_group_has_room_for_users_and_bytes(sizes: list[int], max_users: int) 
 
 
 def test_a_user_larger_than_a_group_is_sent_alone() -> None:
-    large = UserCalls(2, make_update(2, size=2_000_000), make_event(2))
+    large = UserCalls(2, [make_update(2, size=2_000_000), make_event(2)])
     client, transport = script_client()
     finished = send_all(client, [make_user(1), large, make_user(3)], bulk=True)
 
@@ -674,21 +672,48 @@ def test_a_usable_answer_begins_a_new_row(answer: HttpAnswer) -> None:
     assert "users/getFields" not in transport.calls
 
 
-def test_iterable_is_asked_once_its_silence_is_on_record() -> None:
-    client, transport = script_client(OUTAGE, max_attempts=1, workers=1)
-    finished = 0
+def test_while_iterable_is_asked_no_user_is_submitted() -> None:
+    asked = threading.Event()
+    answered = threading.Event()
 
+    def script(endpoint: str, users: Sequence[str]) -> HttpAnswer:
+        if endpoint == USERS_GET_FIELDS.path:
+            asked.set()
+            assert answered.wait(PROMPT)
+            return succeed(endpoint, users)
+        return OUTAGE
+
+    client, _ = script_client(script=script, max_attempts=1, workers=IN_A_ROW)
     with Sender(client, ignore, bulk=False) as sender:
-        for user in make_users(IN_A_ROW):
-            sender.submit(user)
-        while finished < IN_A_ROW:
-            finished += len(sender.collect(0.1))
-        assert "users/getFields" not in transport.calls
+        submit_and_collect(sender, IN_A_ROW, asked)
+        assert sender.is_full
         assert not sender.is_idle
-        sender.collect()
+        answered.set()
 
-    assert "users/getFields" in transport.calls
+    sender.collect()
+    assert not sender.is_full
     assert sender.is_idle
+
+
+def submit_and_collect(sender: Sender, count: int, asked: threading.Event) -> None:
+    """Submit so many users, and collect until the question was asked."""
+    for user in make_users(count):
+        sender.submit(user)
+    finished = 0
+    while finished < count:
+        finished += len(sender.collect(0.1))
+    assert asked.wait(PROMPT)
+
+
+def test_a_run_that_is_ending_does_not_ask() -> None:
+    def script(endpoint: str, users: Sequence[str]) -> HttpAnswer:
+        client.control.end(ValueError("stop"))
+        return OUTAGE
+
+    client, transport = script_client(script=script, max_attempts=1, workers=IN_A_ROW)
+    send_singly(client, 3 * IN_A_ROW)
+
+    assert "users/getFields" not in transport.calls
 
 
 # Any users and any answers
@@ -772,7 +797,7 @@ def describe_pair(update: str, event: str) -> str:
         "poison": "500",
         "lost": "lost",
     }
-    event_status = "-" if update == "forgotten" else words[event]
+    event_status = "none" if update == "forgotten" else words[event]
     return f"{words[update]} {event_status}"
 
 

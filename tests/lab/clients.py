@@ -121,8 +121,10 @@ def make_user(
     has_event: bool = True,
 ) -> UserCalls:
     """Return the calls of user `number`."""
-    event = make_event(number, identify_by) if has_event else None
-    return UserCalls(number, make_update(number, identify_by), event)
+    calls = [make_update(number, identify_by)]
+    if has_event:
+        calls.append(make_event(number, identify_by))
+    return UserCalls(number, calls)
 
 
 # Answers
