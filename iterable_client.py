@@ -1636,11 +1636,10 @@ class Sender(AbstractContextManager["Sender"]):
         If it does, it is up, and the errors are about these users. No further user is
         submitted until the answer has come.
         """
-        if not self._client.control.is_ending:
-            with explaining_no_thread():
-                require_thread_room()
-                ask = self._client.is_available
-                self._question = self._asker.submit(ask, self._good_call)
+        with explaining_no_thread():
+            require_thread_room()
+            ask = self._client.is_available
+            self._question = self._asker.submit(ask, self._good_call)
 
     def _end_at_outage(self) -> None:
         """End the run if the answer has come, and is no."""

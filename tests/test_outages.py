@@ -6,7 +6,9 @@ Poison is a user to whom Iterable answers 500 for ever, which it does.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +20,7 @@ from lab.expected import (
     find_delivered,
     list_calls,
 )
-from lab.process import CreateCustomers, Ended, RunMain
+from lab.process import CreateCustomers, Ended, RunMain, StartMain
 from lab.standin_handle import (
     USERS_BULK_UPDATE,
     USERS_GET_FIELDS,
@@ -177,6 +179,29 @@ def test_a_run_goes_on_when_an_outage_is_over(
     assert ended.summary["success"] >= USERS - 21
     for number in range(52, USERS + 1):
         assert ended.lines[number]["status"] == "success"
+
+
+def count_recorded(folder: Path) -> int:
+    """Return how many users have succeeded by the partial results file."""
+    [partial] = folder.glob("integration_results_*.partial")
+    return partial.read_text("utf-8").count('"status": "success"')
+
+
+def test_users_go_on_record_while_iterable_is_asked(
+    start_main: StartMain, standin: StandIn, database: dict[str, str]
+) -> None:
+    standin.poison(*addresses(range(1, 21)))
+    standin.fault("silence", endpoint=USERS_GET_FIELDS)
+    standin.fault(endpoint=USERS_UPDATE, latency=1.0)
+    running = start_main(
+        database=database, MAX_WORKERS="100", ITERABLE_MAX_ATTEMPTS="1"
+    )
+    standin.wait_for_calls(1, USERS_GET_FIELDS)
+
+    deadline = time.monotonic() + 20
+    while count_recorded(running.folder) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 # Refusals that are Iterable's, and those of a firewall

@@ -851,6 +851,17 @@ def test_a_run_that_ends_meanwhile_is_not_unavailable(
     assert len(transport.calls) == 1
 
 
+def test_a_stop_cuts_the_wait_for_the_turn_to_ask(threads: ThreadPoolExecutor) -> None:
+    client, transport = script_client(rate=8)
+    client.get_fields()
+    asking = threads.submit(client.is_available, None)
+
+    client.control.end(ValueError("stop"))
+
+    assert asking.result(PROMPT)
+    assert transport.calls == ["users/getFields"]
+
+
 def test_a_run_that_is_over_asks_nothing() -> None:
     client, transport = script_client()
     client.control.abort(ValueError("outage"))
