@@ -84,7 +84,6 @@ ENDPOINTS = (
     USERS_GET_FIELDS,
 )
 BULK_ENDPOINTS = {USERS_UPDATE: USERS_BULK_UPDATE, EVENTS_TRACK: EVENTS_TRACK_BULK}
-BULK_PATHS = [endpoint.path for endpoint in BULK_ENDPOINTS.values()]
 
 
 # Payloads
@@ -289,6 +288,8 @@ class CallResult:
     retry_after: float | None = None  # seconds that Iterable asks to wait
     is_refused_key: bool = False  # by Iterable itself, and not by a firewall
     is_unexpected: bool = False  # an error of this program
+    # It is that of an unclear group: a single call will tell, unless the run ends first.
+    is_provisional: bool = False
     confirmed: frozenset[str] = frozenset()  # of a group: the users who were accepted
     dropped_fields: frozenset[str] = frozenset()  # those the project does not take
     fields: Mapping[str, str] | None = None  # types by name; of users/getFields only
@@ -310,8 +311,7 @@ class CallResult:
     @property
     def is_forgotten(self) -> bool:
         """Whether the user asked Iterable to forget them: every write is refused."""
-        is_refusal = self.status == 409 and self.code == "ForgottenUserError"
-        return is_refusal and not self.is_provisional
+        return self.status == 409 and self.code == "ForgottenUserError"
 
     @property
     def is_usable(self) -> bool:
@@ -319,13 +319,13 @@ class CallResult:
 
         Its own answers have a code, those of firewalls have none.
         """
-        has_answer = self.code is not None and not self.is_retryable
-        return self.ok or (has_answer and not self.is_provisional)
+        return self.ok or (self.code is not None and not self.is_retryable)
 
     @property
-    def is_provisional(self) -> bool:
-        """Whether it is of a group that failed: each user gets a single call then."""
-        return not self.ok and self.endpoint in BULK_PATHS
+    def is_unclear(self) -> bool:
+        """Whether the call may have been accepted, although it is not `ok`."""
+        is_refused = self.status is not None and 300 <= self.status < 500
+        return not (self.ok or is_refused)
 
 
 def interpret(
@@ -370,7 +370,8 @@ def interpret_group(
     It is believed only when its counts agree with the users that its lists name.
     """
     if status // 100 != 2:
-        return interpret(endpoint, status, text)
+        # Without the code, by which it would be an answer about each user.
+        return replace(interpret(endpoint, status, text), code=None)
     answer = _parse_object(text)
     sent = {identity.value for identity in identities}
     failed = sent & _find_named_users(answer, identities[0].identify_by)
@@ -994,8 +995,10 @@ class Transport:
         try:
             connection.connect()
         except _CONNECTION_ERRORS as error:
+            reached_proxy = connection.has_connected_to_proxy
             connection.close()
-            raise self._explain_no_connection(error) from error
+            reason = self._explain_no_connection(error, reached_proxy=reached_proxy)
+            raise reason from error
         connection.timeout = self._timeout
         self._of_thread.connection = connection
         return connection
@@ -1056,7 +1059,9 @@ class Transport:
             connection.close()
         return content.decode("utf-8", "replace")
 
-    def _explain_no_connection(self, error: Exception) -> NoAnswer:
+    def _explain_no_connection(
+        self, error: Exception, *, reached_proxy: bool
+    ) -> NoAnswer:
         """Return in words why no connection could be opened."""
         place = self._host
         advice = CHECK_URL
@@ -1068,10 +1073,12 @@ class Transport:
             reason = f"{place} refuses the connection ({refusal[1].strip()}): {advice}"
             return NoAnswer(reason, is_retryable=refusal[2].startswith("5"))
         if isinstance(error, ssl.SSLCertVerificationError):
+            if reached_proxy:  # it is Iterable's
+                place = self._host
+                advice = CHECK_URL
             reason = (
-                f"the certificate of {self._host} is not trusted"
-                f" ({error.verify_message}): {CHECK_URL};"
-                " REQUESTS_CA_BUNDLE is for a company's own CA"
+                f"the certificate of {place} is not trusted ({error.verify_message}):"
+                f" {advice}; REQUESTS_CA_BUNDLE is for a company's own CA"
             )
             return NoAnswer(reason, is_retryable=False)
         if isinstance(error, socket.gaierror):
@@ -1571,20 +1578,20 @@ class Sender(AbstractContextManager["Sender"]):
     def _find_due_call(self, user: UserCalls) -> Call | None:
         """Return the call that a user needs next; None if the user is finished.
 
-        A call is due that has no result, because it was not made or was refused in a
-        group, or a provisional one. If it may not start any more, a provisional result
-        stays, and the next call is due; without a result the user is finished.
+        That is the first one without a result, or with a provisional one, if it may
+        start.
         """
         for call in user.calls:
-            may_start = not self._client.control.get_stop(call.endpoint).is_set()
             result = call.result
-            if result is None:
-                return call if may_start else None
-            if result.is_provisional and may_start:
-                return call
-            if result.is_forgotten:  # the other call would be refused, too
+            if result is None or result.is_provisional:
+                return None if self._is_forbidden(call) else call
+            if result.is_forgotten:  # the next call would be refused, too
                 return None
         return None
+
+    def _is_forbidden(self, call: Call) -> bool:
+        """Whether the call may not start any more."""
+        return self._client.control.get_stop(call.endpoint).is_set()
 
     def _send(self, group: list[UserCalls]) -> list[UserCalls]:
         """Make the calls of a group that are due. Runs in a worker."""
@@ -1595,8 +1602,7 @@ class Sender(AbstractContextManager["Sender"]):
     def _make_calls(self, group: list[UserCalls], endpoint: Endpoint) -> None:
         """Make the calls to an endpoint that are due, together if there are several.
 
-        If the run ended before, they get no result. Users whom a clear answer to their
-        group names as failed get none, either: `_take_back` sends them on singly.
+        A call that is to be made singly then gets no result, or a provisional one.
         """
         calls = []
         for user in group:
@@ -1609,14 +1615,18 @@ class Sender(AbstractContextManager["Sender"]):
             result = self._client.post(calls)
         except TurnCancelled:
             return
-        if result.is_provisional:
-            text = "%s: %s; its %d users are sent singly, unless the run is ending"
+        is_group = len(calls) > 1
+        if is_group and result.ok:
+            confirmed = result.confirmed
+            calls = [call for call in calls if call.identity.value in confirmed]
+        elif is_group and not self._is_forbidden(calls[0]):
+            text = "%s: %s; its %d users are sent singly"
             log.info(text, result.headline, result.reason, len(calls), extra=FILE_ONLY)
-        is_single = len(calls) == 1
+            if not result.is_unclear:
+                return
+            result = replace(result, is_provisional=True)
         for call in calls:
-            is_confirmed = call.identity.value in result.confirmed
-            if is_single or is_confirmed or result.is_provisional:
-                call.result = result
+            call.result = result
 
     def _note(self, user: UserCalls) -> None:
         """Count users in a row without a usable answer, in the order they finish."""

@@ -1378,8 +1378,7 @@ class DeliveryRun:
             self.results.finish(summary)
         except ResultsNotWritable as disk_error:
             why = str(disk_error)
-            # `finish` raises again what `add` has raised.
-            if error is not None and error is not disk_error:
+            if ending.why not in ("", why):
                 why = f"{ending.why}; {why}"
             ending = explain_ending(disk_error)._replace(why=why)
         self._narrator.show_summary(ending, self.results.path, seconds)

@@ -537,18 +537,28 @@ def test_after_a_stop_no_worker_gets_a_user_again() -> None:
     assert send.call_count == 1
 
 
-def test_a_group_without_an_answer_is_not_untouched_after_a_stop() -> None:
+# How the two users end whose single calls a stop prevents.
+UNTOUCHED = "none none"
+PERHAPS_UPDATED = {LOST: "lost none", OUTAGE: "503 none", SUCCESS: "200 none"}
+
+
+@pytest.mark.parametrize("answer", [BAD_PARAMS, *PERHAPS_UPDATED], ids=str)
+def test_after_a_stop_no_user_of_a_failed_group_starts(answer: Reply) -> None:
     def script(endpoint: str, users: Sequence[str]) -> Reply:
         if endpoint == BULK_UPDATE:
-            return LOST
+            return answer
         client.control.end(ValueError("stop"))
         return succeed(endpoint, users)
 
     client, transport = script_client(script=script, max_attempts=1, workers=1)
     finished = send_in_bulk(client, 3)
 
-    assert list_statuses(finished) == ["200 200", "lost 200", "lost 200"]
-    assert "users/update user2@example.com" not in transport.calls
+    status = PERHAPS_UPDATED.get(answer, UNTOUCHED)
+    assert list_statuses(finished) == ["200 200", status, status]
+    assert transport.calls[1:] == [
+        "users/update user1@example.com",
+        "events/track user1@example.com",
+    ]
 
 
 def test_an_event_that_no_answer_confirms_is_sent_singly_after_a_stop() -> None:

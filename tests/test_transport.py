@@ -882,6 +882,16 @@ def test_a_proxy_may_be_reached_over_tls(secure: StandIn) -> None:
     assert secure.counters()["connections"] == 1
 
 
+def test_the_certificate_of_a_proxy_is_the_proxys(secure: StandIn) -> None:
+    tunnel = Tunnel(secure, make_server_context(secure))
+    with tunnel:
+        result = fail_to_connect(secure.url, {"HTTPS_PROXY": tunnel.proxy})
+
+    place = f"the proxy localhost:{tunnel.port}"
+    assert result.reason.startswith(f"the certificate of {place} is not trusted (")
+    assert f": {CHECK_PROXY};" in result.reason
+
+
 def test_the_tunnel_is_open_before_the_turn(secure: StandIn, tunnel: Tunnel) -> None:
     environment = {**trust(secure), "HTTPS_PROXY": tunnel.proxy}
     client = build_client(secure.url, environment=environment)

@@ -415,14 +415,16 @@ def confuse(
 
 
 def refuse_group(answer: Answer) -> GroupAnswer:
-    """Return the same answer to a bulk call: it is refused as a whole."""
+    """Return the same answer to a bulk call: it is refused as a whole.
+
+    The code is left out, because it says nothing about a single user.
+    """
     single = answer.result
     is_success = answer.status < 300
     result = CallResult(
         endpoint=USERS_BULK_UPDATE,
         ok=False,
         status=answer.status,
-        code=None if is_success else single.code,
         message=single.message,
         reason=DOUBTFUL if is_success else single.reason,
         body=answer.body[:MAX_KEPT_TEXT],
