@@ -288,7 +288,7 @@ class CallResult:
     retry_after: float | None = None  # seconds that Iterable asks to wait
     is_refused_key: bool = False  # by Iterable itself, and not by a firewall
     is_unexpected: bool = False  # an error of this program
-    # It is that of an unclear group: a single call will tell, unless the run ends first.
+    # It is that of an unclear group: a single call follows, unless the run ends first.
     is_provisional: bool = False
     confirmed: frozenset[str] = frozenset()  # of a group: the users who were accepted
     dropped_fields: frozenset[str] = frozenset()  # those the project does not take
