@@ -289,6 +289,7 @@ class CallResult:
     is_refused_key: bool = False  # by Iterable itself, and not by a firewall
     is_unexpected: bool = False  # an error of this program
     # It is that of an unclear group: a single call follows, unless the run ends first.
+    # Then the user counts as not attempted, but may have been updated.
     is_provisional: bool = False
     confirmed: frozenset[str] = frozenset()  # of a group: the users who were accepted
     dropped_fields: frozenset[str] = frozenset()  # those the project does not take
@@ -324,8 +325,8 @@ class CallResult:
     @property
     def is_unclear(self) -> bool:
         """Whether the call may have been accepted, although it is not `ok`."""
-        is_refused = self.status is not None and 300 <= self.status < 500
-        return not (self.ok or is_refused)
+        has_refusal = self.status is not None and self.status >= 300
+        return not (self.ok or has_refusal)
 
 
 def interpret(
@@ -1202,8 +1203,9 @@ class UserCalls:
 
     @property
     def results(self) -> list[CallResult]:
-        """The results that there are."""
-        return [call.result for call in self.calls if call.result is not None]
+        """The results that there are, without provisional ones."""
+        results = [call.result for call in self.calls if call.result is not None]
+        return [result for result in results if not result.is_provisional]
 
     @property
     def size(self) -> int:

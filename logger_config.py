@@ -830,8 +830,8 @@ class Memory:
         if line["status"] != Status.NOT_ATTEMPTED:
             self._last[user] = _make_result(line)
             return
-        # After an unforeseen error, calls may have been made all the same. If they had
-        # other payloads than the last ones, nobody knows what Iterable has.
+        # The user's group may have been sent, without a clear answer. If it had other
+        # payloads than the last ones, nobody knows what Iterable has.
         last = self._last.get(user)
         fingerprint = line["fingerprint"]
         if last and fingerprint not in (None, last.fingerprint):

@@ -664,7 +664,7 @@ class Delivery:
 
     @property
     def results(self) -> list[CallResult]:
-        """The results of the calls that were made."""
+        """The results of the user's calls, without provisional ones."""
         if self.calls is None:
             return []
         return self.calls.results

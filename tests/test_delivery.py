@@ -150,6 +150,7 @@ LOST_EVENT = CallResult("events/track", ok=False, reason="check the network")
 FORGOTTEN = CallResult(
     "users/update", ok=False, status=409, code="ForgottenUserError", reason="forgotten"
 )
+UNCLEAR = CallResult("users/bulkUpdate", ok=False, is_provisional=True)
 NO_EVENT = "no event"
 
 Outcome = CallResult | str | None
@@ -192,6 +193,8 @@ STATUSES = {
     (REFUSED, None): Status.TOTAL_FAILURE,
     (REFUSED, NO_EVENT): Status.TOTAL_FAILURE,
     (FORGOTTEN, NO_EVENT): Status.FORGOTTEN,
+    (UNCLEAR, None): Status.NOT_ATTEMPTED,
+    (UPDATED, UNCLEAR): Status.PARTIAL_FAILURE,
     (None, None): Status.NOT_ATTEMPTED,
     (None, NO_EVENT): Status.NOT_ATTEMPTED,
 }
@@ -218,6 +221,14 @@ def test_a_user_who_is_skipped_has_no_reasons(status: Status) -> None:
     assert delivery.status is status
     assert delivery.reasons == []
     assert delivery.results == []
+
+
+def test_an_unclear_group_is_on_record() -> None:
+    line = make_delivery(UNCLEAR, None).make_line()
+
+    assert line["status"] == "not_attempted"
+    assert line["users_update"] is not None
+    assert line["users_update"]["endpoint"] == "users/bulkUpdate"
 
 
 def test_a_user_without_calls_is_not_attempted() -> None:

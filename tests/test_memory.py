@@ -325,6 +325,26 @@ def test_a_damaged_line_puts_nobody_on_record(runs: Runs) -> None:
     assert runs.left() == [FIRST]
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "status", "is_updated"),
+    [
+        ("users/bulkUpdate", None, True),
+        ("users/bulkUpdate", 200, True),
+        ("users/bulkUpdate", 413, False),
+        ("users/bulkUpdate", 503, False),
+        ("users/update", None, True),
+        ("users/update", 200, False),
+    ],
+)
+def test_a_user_without_a_clear_answer_may_be_updated(
+    runs: Runs, endpoint: str, status: int | None, is_updated: bool
+) -> None:
+    update = make_call(ok=False, endpoint=endpoint, status=status)
+    runs.write(make_line(1, "not_attempted", users_update=update))
+
+    assert (runs.left() == [FIRST]) is is_updated
+
+
 def test_announced_user_ids_are_matched_too(runs: Runs) -> None:
     runs.write(
         make_line(1, "total_failure"),
