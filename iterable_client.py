@@ -288,6 +288,7 @@ class CallResult:
     retry_after: float | None = None  # seconds that Iterable asks to wait
     is_refused_key: bool = False  # by Iterable itself, and not by a firewall
     is_unexpected: bool = False  # an error of this program
+    was_sent: bool = True  # False: no connection could be opened, at any attempt
     # It is that of an unclear group: a single call follows, unless the run ends first.
     # Then the user counts as not attempted, but may have been updated.
     is_provisional: bool = False
@@ -728,9 +729,17 @@ MAX_ANSWER = 1_000_000
 class NoAnswer(Exception):
     """A call got no answer. The text says why, in words that a person can act on."""
 
+    was_sent = True  # or a part of it
+
     def __init__(self, reason: str, *, is_retryable: bool = True) -> None:
         super().__init__(reason)
         self.is_retryable = is_retryable
+
+
+class NoConnection(NoAnswer):
+    """A call was not sent, because no connection could be opened."""
+
+    was_sent = False
 
 
 class NetworkSettingsError(Exception):
@@ -1062,7 +1071,7 @@ class Transport:
 
     def _explain_no_connection(
         self, error: Exception, *, reached_proxy: bool
-    ) -> NoAnswer:
+    ) -> NoConnection:
         """Return in words why no connection could be opened."""
         place = self._host
         advice = CHECK_URL
@@ -1072,7 +1081,7 @@ class Transport:
         refusal = re.search(r"Tunnel connection failed: ((\d+).*)", str(error))
         if refusal:
             reason = f"{place} refuses the connection ({refusal[1].strip()}): {advice}"
-            return NoAnswer(reason, is_retryable=refusal[2].startswith("5"))
+            return NoConnection(reason, is_retryable=refusal[2].startswith("5"))
         if isinstance(error, ssl.SSLCertVerificationError):
             if reached_proxy:  # it is Iterable's
                 place = self._host
@@ -1081,15 +1090,15 @@ class Transport:
                 f"the certificate of {place} is not trusted ({error.verify_message}):"
                 f" {advice}; REQUESTS_CA_BUNDLE is for a company's own CA"
             )
-            return NoAnswer(reason, is_retryable=False)
+            return NoConnection(reason, is_retryable=False)
         if isinstance(error, socket.gaierror):
-            return NoAnswer(f"the host name of {place} is unknown (DNS): {advice}")
+            return NoConnection(f"the host name of {place} is unknown (DNS): {advice}")
         detail = getattr(error, "strerror", None) or str(error)
         if isinstance(error, TimeoutError):
             detail = "no answer in time"
         elif isinstance(error, ssl.SSLError):
             detail = f"TLS failed: {error}"
-        return NoAnswer(f"no connection to {place} ({detail}): {advice}")
+        return NoConnection(f"no connection to {place} ({detail}): {advice}")
 
 
 _CONNECTION_ERRORS = (OSError, http.client.HTTPException, urllib3_errors.HTTPError)
@@ -1346,18 +1355,20 @@ class IterableClient:
         max_attempts = max_attempts or self._retry.max_attempts
         result = None
         number = 0
+        was_sent = False
         failures = 0
         throttled_since = None
         while True:
             try:
                 attempt = self._attempt(request, cancelled)
             except TurnCancelled:
-                if result is None:
+                if result is None or not was_sent:
                     raise
                 return result
             number += 1
             self._count_attempt(number)
-            result = replace(attempt, attempts=number)
+            was_sent = was_sent or attempt.was_sent
+            result = replace(attempt, attempts=number, was_sent=was_sent)
             cancelled = no_new_users  # no retry is worth delaying the end
             if result.status == 429:
                 throttled_since = throttled_since or monotonic()
@@ -1370,8 +1381,7 @@ class IterableClient:
                 return result
             wait = self._retry.compute_wait(failures, result.retry_after)
             log.debug("%s: next attempt in %.1f s", result.headline, wait)
-            if no_new_users.wait(wait):
-                return result
+            no_new_users.wait(wait)
 
     def _attempt(self, request: _Request, cancelled: threading.Event) -> CallResult:
         """Send a request once, when its turn comes."""
@@ -1391,8 +1401,11 @@ class IterableClient:
         except TurnCancelled:
             raise
         except NoAnswer as error:
-            result = _make_failure(endpoint, str(error))
-            result = replace(result, is_retryable=error.is_retryable)
+            result = replace(
+                _make_failure(endpoint, str(error)),
+                is_retryable=error.is_retryable,
+                was_sent=error.was_sent,
+            )
         except Exception as error:  # costs this call, and not the run
             log.exception("Unexpected error", extra=FILE_ONLY)
             reason = f"an unexpected error ({type(error).__name__}): see the log file"

@@ -31,6 +31,7 @@ from iterable_client import (
     HttpAnswer,
     IterableClient,
     KeyRefused,
+    NoConnection,
     RateLimiter,
     RetryPolicy,
     RunControl,
@@ -726,6 +727,24 @@ def test_after_a_stop_an_event_is_not_sent_again(endpoint: Endpoint) -> None:
     assert result is not None
     assert result.status == 503
     assert len(transport.calls) == 1
+
+
+@EACH_ENDPOINT
+@pytest.mark.parametrize(
+    ("failure", "is_untouched"),
+    [(LOST, False), (NoConnection("no connection"), True)],
+    ids=["no answer", "no connection"],
+)
+def test_a_call_that_a_stop_kept_from_being_sent_has_no_result(
+    failure: Reply, is_untouched: bool, endpoint: Endpoint
+) -> None:
+    def script(*_: object) -> Reply:
+        client.control.end(ValueError("stop"))
+        return failure
+
+    client, _ = script_client(script=script)
+
+    assert (make_call(client, endpoint) is None) is is_untouched
 
 
 @EACH_ENDPOINT
