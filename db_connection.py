@@ -56,8 +56,8 @@ _CONNECT_ERRORS = (
 _OLDEST_VERSIONS = {"MySQL": (8, 0), "MariaDB": (10, 2)}
 
 # Undoes what the configuration of a server or its init_connect may have set, where it
-# would change the rows or make the run fail. MariaDB 10.3.3 and later, and no other,
-# executes what is in /*M!100303 */: a table that keeps old rows gives the current ones.
+# would change the rows or make the run fail. Only MariaDB from 10.3.3 on executes
+# /*M!100303 */: a system-versioned table gives its current rows.
 _SESSION = (
     """
     SET SESSION
@@ -402,7 +402,8 @@ def _list_complaints(kinds: dict[str, str]) -> list[str]:
 
 def _parse_rows(rows: Iterable[Any], description: Iterable[Any]) -> Iterator[Any]:
     """Yield the rows with their values parsed. They come as bytes or None."""
-    # Column by column, because that takes a third of the time.
+    # Column by column, because that takes a third of the time. Without rows there are
+    # no columns, and so no rows.
     columns = map(_parse_column, zip(*rows, strict=True), description)
     return zip(*columns, strict=True)
 
@@ -452,7 +453,8 @@ class _Authenticator(MySQLAuthenticator):
     ) -> bytes:
         """Log in, as the connector does. Raises DatabaseError instead of a leak."""
         if not self.ssl_enabled:
-            password = kwargs["password1"]  # of three factors, the one that is set
+            # The connector's first of three passwords; no other is configured.
+            password = kwargs["password1"]
             sock.send = _refuse_to_send(password, sock.send)
         return super().authenticate(sock, handshake, *args, **kwargs)
 
@@ -541,7 +543,7 @@ _UNKNOWN_METHOD = (
     "DB_USER has a login method that this program cannot use: give the account"
     " mysql_native_password or caching_sha2_password"
 )
-# The last two are of the CA file. Before the login they would be of a Unix socket.
+# During the login, the last two are about the CA file.
 _TLS_ERRORS = (ssl.SSLError, FileNotFoundError, PermissionError)
 _TLS_FAILED = (
     "The encrypted connection failed: check that DB_SSL_CA is a readable file of"

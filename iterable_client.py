@@ -408,7 +408,7 @@ def interpret_fields(status: int, text: str) -> CallResult:
     if status // 100 == 2 and isinstance(fields, dict):
         return CallResult(endpoint.path, ok=True, status=status, fields=fields)
     result = interpret(endpoint, status, text)
-    # Without fields even a success is none.
+    # A 2xx without fields is a failure, too.
     return replace(result, ok=False, reason=result.reason or NOT_ITERABLE)
 
 

@@ -36,7 +36,7 @@ LOG_SIZE = 10_000_000  # bytes, at which the log is rotated
 OLD_LOGS = 5  # files kept
 SYNC_INTERVAL = 1.0  # seconds between two syncs of a results file, while lines arrive
 
-# These log errors only. Of what they would warn, our modules tell what to do.
+# These log errors only. Our modules report the same troubles, with a cure.
 MUTED_PACKAGES = ("urllib3", "mysql.connector")
 
 # Under systemd these are sockets, which cannot be opened by name.
@@ -372,10 +372,10 @@ class UserLine(_OptionalKeys):
 
 
 class SentUser(NamedTuple):
-    """A user whose update Iterable accepted, or may have accepted."""
+    """A user for whom an update is sent, or was sent by an earlier run."""
 
     user_id: int | str
-    identity: str  # the address or user ID that was sent
+    identity: str  # the address or user ID in the update
 
 
 # Returns a value as one line of JSON.

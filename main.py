@@ -652,7 +652,7 @@ class Delivery:
 
     number: int  # from 1
     user_id: int | str
-    email: Value  # as it is sent; of a row that is not, as the row has it
+    email: Value  # normalised; of a row that cannot be sent, as the row has it
     event_id: str | None = None
     fingerprint: str | None = None
     calls: UserCalls | None = None
@@ -828,9 +828,8 @@ LINE_WORDS = {
     Status.FORGOTTEN: "Forgotten at the user's own request, so not sent",
     Status.RESET: "✓ Left the segment, recent_page_view reset",
 }
-# The counts that the summary of a real run shows even if they are 0. "Both calls" are
-# the words of the exercise: it may also be a row that cannot be sent, or a reset, which
-# has one call.
+# The counts that the summary of a real run shows even if they are 0. The words are from
+# the exercise: the last count has also rows that cannot be sent, and failed resets.
 RUN_WORDS = {
     Status.SUCCESS: "✓ Successful (both API calls)",
     Status.PARTIAL_FAILURE: "⚠ Partial failures (one call failed)",
@@ -939,7 +938,7 @@ class Tally:
 
 
 def log_call(result: CallResult, label: str, level: int) -> None:
-    """Write a call to the log file: one that failed at `level`, with its answer."""
+    """Write a call to the log file. `level` is for a failure, which has its answer."""
     if result.ok:
         level = logging.INFO
     log.log(level, "%s (%s)", result.headline, label, extra=FILE_ONLY)
