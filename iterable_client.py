@@ -288,9 +288,9 @@ class CallResult:
     retry_after: float | None = None  # seconds that Iterable asks to wait
     is_refused_key: bool = False  # by Iterable itself, and not by a firewall
     is_unexpected: bool = False  # an error of this program
-    was_sent: bool = True  # False: no connection could be opened, at any attempt
-    # It is that of an unclear group: a single call follows, unless the run ends first.
-    # Then the user counts as not attempted, but may have been updated.
+    was_sent: bool = True  # False if no attempt had a connection
+    # The result of a group whose answer is unclear. A single call follows, unless the
+    # run ends first: then the user is not attempted, but may have been updated.
     is_provisional: bool = False
     confirmed: frozenset[str] = frozenset()  # of a group: the users who were accepted
     dropped_fields: frozenset[str] = frozenset()  # those the project does not take
@@ -325,7 +325,11 @@ class CallResult:
 
     @property
     def is_unclear(self) -> bool:
-        """Whether the call may have been accepted, although it is not `ok`."""
+        """Whether the call may have been accepted, although it is not `ok`.
+
+        A 5xx is taken for a refusal: there are users to whom Iterable answers 500 for
+        ever.
+        """
         has_refusal = self.status is not None and self.status >= 300
         return not (self.ok or has_refusal)
 
@@ -372,7 +376,7 @@ def interpret_group(
     It is believed only when its counts agree with the users that its lists name.
     """
     if status // 100 != 2:
-        # Without the code, by which it would be an answer about each user.
+        # Without the code: `is_usable` must not take it for an answer about each user.
         return replace(interpret(endpoint, status, text), code=None)
     answer = _parse_object(text)
     sent = {identity.value for identity in identities}
@@ -417,7 +421,7 @@ def _find_named_users(answer: dict[str, Any], identify_by: IdentifyBy) -> set[st
 
     The lists "conflict..." are left out, because they name the other user of a
     conflict, who may be in this group and accepted. Without them `failCount` disagrees,
-    and the whole group is sent singly.
+    so that the whole group is sent singly.
     """
     named: set[str] = set()
     failed_updates = _as_object(answer.get("failedUpdates"))
@@ -540,7 +544,7 @@ class RunControl:
 
     def __init__(self) -> None:
         #: The run is ending: no user may start, and no call of any kind is tried again.
-        #: A user whose update was made still gets the event, even if it failed.
+        #: A user whose update has ended, well or not, still gets the event.
         self.no_new_users = threading.Event()
         #: No call at all may start.
         self.nothing_more = threading.Event()
@@ -670,8 +674,8 @@ class RateLimiter:
                 wait = self._take_turn()
                 if wait <= 0:
                     return
-                # Wait until the run ends, which cuts a pause; after that, until this
-                # call is cancelled.
+                # Wake up when the run ends, because a pause is void then; after that,
+                # when this call is cancelled.
                 is_ending = self._no_new_users.is_set()
                 stop = cancelled if is_ending else self._no_new_users
                 stop.wait(wait)
@@ -854,7 +858,7 @@ class _AnswerBuffer(io.BufferedReader):
 
     def close(self) -> None:
         if not self.closed:
-            # Else `peek` would wait for more, where nothing has come.
+            # `peek` gives what is in the buffer then, and does not wait for more.
             self._reader.is_stopped = True
             if self.peek():
                 self._sock.close()  # which `has_lapsed` finds
@@ -981,7 +985,7 @@ class Transport:
     def exchange(self, endpoint: Endpoint, body: bytes) -> HttpAnswer:
         """Send one request, after `prepare`, and return its answer."""
         connection = self._of_thread.connection
-        # Only now, because a look before the turn as well would cost each call time.
+        # It is looked at once, right before it is used.
         if connection is None or connection.has_lapsed():
             connection = self._open_connection()
         sent_at = monotonic()
@@ -1007,8 +1011,8 @@ class Transport:
         except _CONNECTION_ERRORS as error:
             reached_proxy = connection.has_connected_to_proxy
             connection.close()
-            reason = self._explain_no_connection(error, reached_proxy=reached_proxy)
-            raise reason from error
+            failure = self._explain_no_connection(error, reached_proxy=reached_proxy)
+            raise failure from error
         connection.timeout = self._timeout
         self._of_thread.connection = connection
         return connection
@@ -1617,7 +1621,8 @@ class Sender(AbstractContextManager["Sender"]):
     def _make_calls(self, group: list[UserCalls], endpoint: Endpoint) -> None:
         """Make the calls to an endpoint that are due, together if there are several.
 
-        A call that is to be made singly then gets no result, or a provisional one.
+        After a group, a call that must follow singly has no result, or a provisional
+        one.
         """
         calls = []
         for user in group:
@@ -1640,6 +1645,7 @@ class Sender(AbstractContextManager["Sender"]):
             if not result.is_unclear:
                 return
             result = replace(result, is_provisional=True)
+        # If no single call may follow, the answer to the group is the last one.
         for call in calls:
             call.result = result
 

@@ -422,7 +422,8 @@ def lock_results_folder(path: Path) -> Iterator[ResultsFolder]:
         FolderInUse: another run holds the lock.
         FolderNotUsable: this account cannot write or lock there.
         ResultsNotWritable: the disk is full or broken.
-        EarlierResultsUnreadable: their heads are read, for the number of this run.
+        EarlierResultsUnreadable: the heads of earlier files are read, for the number
+            of this run.
     """
     with _creating_in(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -617,7 +618,7 @@ def _read_run(run: EarlierRun, memory: Memory, *, has_same_users: bool) -> None:
             # What follows the object is ignored: a comma, or what a power failure left
             # of another line.
             line, _ = _decode(text)
-            # Of a row that cannot be sent the identity is not one, and is not used.
+            # If the row could not be sent, this is no identity, and nobody uses it.
             user = SentUser(line["user_id"], str(line[identity_key]))
             memory.add_result(line)  # of any project: the fingerprint tells which
             if has_same_users:
@@ -780,7 +781,7 @@ class _LastResult(NamedTuple):
 
     fingerprint: str | None
     is_delivered: bool
-    failed_calls: list[object]
+    failed_calls: tuple[object, ...]
 
 
 class Memory:
@@ -797,7 +798,7 @@ class Memory:
     def has_delivered(self, user_id: int | str | None, fingerprint: str) -> bool:
         """Whether these payloads were delivered, and no others were sent since."""
         last = self._last.get(str(user_id))
-        return last == _LastResult(fingerprint, is_delivered=True, failed_calls=[])
+        return last == _LastResult(fingerprint, is_delivered=True, failed_calls=())
 
     def knows_failure(self, line: UserLine) -> bool:
         """Whether the user's last failure had the same payloads and reasons."""
@@ -830,8 +831,8 @@ class Memory:
         if line["status"] != Status.NOT_ATTEMPTED:
             self._last[user] = _make_result(line)
             return
-        # The user's group may have been sent, without a clear answer. If it had other
-        # payloads than the last ones, nobody knows what Iterable has.
+        # The user's group may have been sent, without a clear answer. If that was with
+        # other payloads, it is not known any more that the last ones are in Iterable.
         last = self._last.get(user)
         fingerprint = line["fingerprint"]
         if last and fingerprint not in (None, last.fingerprint):
@@ -859,9 +860,13 @@ class Memory:
 
 
 def _make_result(line: UserLine) -> _LastResult:
-    failed_calls: list[object] = []
+    fingerprint = line["fingerprint"]
+    if line["status"] == Status.SUCCESS:
+        return _LastResult(fingerprint, is_delivered=True, failed_calls=())
+    failed_calls = []
     for call in (line["users_update"], line["events_track"]):
         if call is not None and not call["ok"]:
             failed_calls.append({**call, "attempts": None})  # their number may differ
-    is_delivered = line["status"] == Status.SUCCESS
-    return _LastResult(line["fingerprint"], is_delivered, failed_calls)
+    return _LastResult(
+        fingerprint, is_delivered=False, failed_calls=tuple(failed_calls)
+    )

@@ -345,7 +345,7 @@ class Settings:
     db_ssl_ca: str = setting(parse_ca_file, "")
     iterable_api_key: str = setting(parse_api_key, is_secret=True)
     iterable_api_base_url: str = setting(parse_base_url, "https://api.iterable.com")
-    # The parser returns the member that is equal to the text.
+    # IdentifyBy is a str: the parser returns its member.
     iterable_identify_by: IdentifyBy = setting(parse_choice(*IdentifyBy), "email")
     iterable_rate_limit: int = setting(parse_whole_number(1, 100_000), "450")
     iterable_max_attempts: int = setting(parse_whole_number(1, 100), "5")
@@ -415,7 +415,7 @@ def read_secret(name: str, values: Mapping[str, str]) -> str | None:
         raise ValueError(f"{variable} cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise ValueError(f"{variable} {error}") from None
-    text = content.decode("utf-8", "surrogateescape")  # check_text finds other bytes
+    text = content.decode("utf-8", "surrogateescape")  # other bytes are found later
     if not text.strip() and name != "DB_PASSWORD":
         raise ValueError(f"{variable} names an empty file")
     return re.sub(r"\r?\n\Z", "", text)
@@ -664,7 +664,7 @@ class Delivery:
 
     @property
     def results(self) -> list[CallResult]:
-        """The results of the user's calls, without provisional ones."""
+        """The results of the user's calls, without those of an unclear group."""
         if self.calls is None:
             return []
         return self.calls.results
@@ -715,6 +715,7 @@ class Delivery:
             "fingerprint": self.fingerprint,
         }
         if self.calls is not None:
+            # With the provisional ones, of which the memory must know.
             results = {call.endpoint: call.result for call in self.calls.calls}
             line["users_update"] = make_call_line(results.get(USERS_UPDATE))
             line["events_track"] = make_call_line(results.get(EVENTS_TRACK))
@@ -1271,8 +1272,8 @@ class DeliveryRun:
 
         An error ends the run. What was delivered by then is recorded all the same.
         """
-        # Not in one `with`, which Python 3.8 could not compile: it must come as far as
-        # the installation check.
+        # Not in one `with` in parentheses: Python 3.8 must be able to compile this, and
+        # come as far as the installation check.
         with Sender(self.client, self._announce, bulk=self.options.bulk) as sender:  # noqa: SIM117
             # An error ends the run before the sender waits for its workers.
             with self._ending_at_error():
@@ -1327,22 +1328,23 @@ class DeliveryRun:
         self.users.popleft()
         return delivery
 
-    def _announce(self, users: Iterable[UserCalls]) -> None:
+    def _announce(self, group: Iterable[UserCalls]) -> None:
         """Put on record that these users are about to be sent.
 
         The sender calls this in `submit` and `flush`, so it is the main thread that
         writes. After kill -9 the next run knows by it who may have been updated.
         """
         announced = []
-        for user in users:
-            user_id = self._unrecorded[user.number].user_id
-            announced.append(SentUser(user_id, user.calls[0].identity.value))
+        for user_calls in group:
+            user_id = self._unrecorded[user_calls.number].user_id
+            identity = user_calls.calls[0].identity
+            announced.append(SentUser(user_id, identity.value))
         self.results.announce(announced)
 
     def _record_finished(self, sender: Sender, wait: float = 0.0) -> None:
         """Record the users who are finished; wait up to so many seconds for one."""
-        for calls in sender.collect(wait):
-            delivery = self._unrecorded[calls.number]
+        for user_calls in sender.collect(wait):
+            delivery = self._unrecorded[user_calls.number]
             self._record(delivery)
         self._narrator.show_progress()
 
@@ -1352,9 +1354,9 @@ class DeliveryRun:
         if hides_known and delivery.status.is_failure:
             delivery.is_known = self.memory.knows_failure(line)
         if delivery.status is not Status.UNCHANGED:
-            was_sent = bool(delivery.results)  # then the line must survive kill -9
+            has_results = bool(delivery.results)  # then the line must survive kill -9
             try:
-                self.results.add(line, sent=was_sent)
+                self.results.add(line, sent=has_results)
             except ResultsNotWritable as error:  # the user counts all the same
                 self.client.control.end(error)
         del self._unrecorded[delivery.number]
