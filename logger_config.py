@@ -150,9 +150,9 @@ def setup_logger(
     Raises:
         LogNotWritable: the console is configured all the same.
     """
-    # Standard output is None if it was closed before the start.
-    stream = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    console = _Console(stream)
+    if sys.stdout is None:  # it was closed before the start
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    console = _Console(sys.stdout)
     console.stream.reconfigure(errors="backslashreplace")
     console.setLevel(logging.WARNING if quiet else logging.INFO)
     console.addFilter(partial(_is_for, "console"))
