@@ -1614,8 +1614,8 @@ class Sender(AbstractContextManager["Sender"]):
 
     def _send(self, group: list[UserCalls]) -> list[UserCalls]:
         """Make the calls of a group that are due. Runs in a worker."""
-        self._make_calls(group, USERS_UPDATE)
-        self._make_calls(group, EVENTS_TRACK)
+        for endpoint in BULK_ENDPOINTS:  # in the order of a user's calls
+            self._make_calls(group, endpoint)
         return group
 
     def _make_calls(self, group: list[UserCalls], endpoint: Endpoint) -> None:
