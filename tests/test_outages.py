@@ -190,16 +190,16 @@ def count_recorded(folder: Path) -> int:
 def test_users_go_on_record_while_iterable_is_asked(
     start_main: StartMain, standin: StandIn, database: dict[str, str]
 ) -> None:
-    standin.poison(*addresses(range(1, 21)))
+    standin.poison(*addresses(range(USERS - 19, USERS + 1)))
     standin.fault("silence", endpoint=USERS_GET_FIELDS)
-    standin.fault(endpoint=USERS_UPDATE, latency=1.0)
+    standin.fault(endpoint=USERS_UPDATE, latency=3.0)
     running = start_main(
-        database=database, MAX_WORKERS="100", ITERABLE_MAX_ATTEMPTS="1"
+        database=database, MAX_WORKERS=str(USERS), ITERABLE_MAX_ATTEMPTS="1"
     )
     standin.wait_for_calls(1, USERS_GET_FIELDS)
 
     deadline = time.monotonic() + 20
-    while count_recorded(running.folder) < 5:
+    while count_recorded(running.folder) < USERS - 20:
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

@@ -833,16 +833,21 @@ class Tunnel(Peer):
         request = client.recv(65_536).decode()
         server = self.keep(socket.create_connection(("127.0.0.1", self._target.port)))
         client.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
-        self.start(self._pump, client, server)
-        self.start(self._pump, server, client)
+        self.start(self._relay, client, server)
         return request
 
     @staticmethod
-    def _pump(source: socket.socket, target: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65_536):
-                target.sendall(data)
-            target.shutdown(socket.SHUT_WR)
+    def _relay(client: socket.socket, server: socket.socket) -> None:
+        """Pass bytes both ways, in one thread: a TLS socket is not safe in two."""
+        others = {client: server, server: client}
+        with contextlib.suppress(OSError, ValueError):
+            while True:
+                readable, _, _ = select.select(others, [], [])
+                for source in readable:
+                    data = source.recv(65_536)
+                    if not data:
+                        return
+                    others[source].sendall(data)
 
 
 @pytest.fixture
