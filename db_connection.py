@@ -173,7 +173,8 @@ class DatabaseConnection:
                 )
 
     def __enter__(self) -> DatabaseConnection:
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._connection.close)
             with self._errors_explained(*_CONNECT_ERRORS):
                 self._connection.connect(**self._config)
                 self._is_logged_in = True
@@ -182,9 +183,7 @@ class DatabaseConnection:
             self.version = self._read_version()
             for statement in _SESSION:
                 self.execute_query(statement)
-        except BaseException:
-            self._connection.close()
-            raise
+            stack.pop_all()  # all is well, so it stays open
         return self
 
     def __exit__(self, *_: object) -> None:
