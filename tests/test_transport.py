@@ -562,9 +562,11 @@ def test_sending_to_a_silent_server_is_bounded(peer: Peer) -> None:
         transport.exchange(USERS_UPDATE, b"x" * LARGE)
 
 
-def test_sending_to_a_slow_server_is_bounded_as_a_whole(peer: Peer) -> None:
-    peer.start(read_slowly, peer, 0, 0.05)
-    transport = build_transport(peer.url, timeout=0.5)
+def test_sending_to_a_slow_server_is_bounded_as_a_whole(
+    either_peer: Peer, secure: StandIn
+) -> None:
+    either_peer.start(read_slowly, either_peer, 0, 0.005)
+    transport = build_transport(either_peer.url, timeout=0.5, environment=trust(secure))
 
     with pytest.raises(NoAnswer, match="no answer in time"):
         transport.exchange(USERS_UPDATE, b"x" * LARGE)
